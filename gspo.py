@@ -28,7 +28,7 @@ import torch
 
 # Paper, section 5.1: the two kinds of ratio live on scales three orders of magnitude apart.
 CLIP = {"gspo": (3e-4, 4e-4), "gspo_token": (3e-4, 4e-4), "grpo": (0.2, 0.27)}
-MAX_LOG_RATIO = 20.0    # exp(20) is finite in fp32: without a bound, inf * 0 would be a NaN gradient
+MAX_LOG_RATIO = 20.0    # exp(20) is finite in fp32; unbounded, inf * 0 would be a NaN gradient
 
 
 def group_advantages(rewards, scale="std"):
@@ -142,16 +142,31 @@ def score(model, rollout, rows, temperature=1.0):
     return logp, entropy, change
 
 
-def micro_batches(rows, lengths, max_tokens):
-    """Cut the rows (b,) into parts of similar length, each at most `max_tokens` with its padding."""
-    rows = rows[lengths[rows].argsort(stable=True)]
-    parts, part = [], []
-    for row, length in zip(rows.tolist(), lengths[rows].tolist()):
-        if part and (len(part) + 1) * length > max_tokens:
-            parts.append(torch.tensor(part, device=rows.device))
-            part = []
-        part.append(row)
-    return parts + [torch.tensor(part, device=rows.device)] if part else parts
+def micro_batches(rollout, rows, max_tokens):
+    """Cut the rows (b,) into parts of similar length, each of at most `max_tokens`, padding
+    included, or of one row."""
+    prompt_lengths = torch.tensor([len(prompt) for prompt in rollout.prompts], device=rows.device)
+    group_size = len(rollout.tokens) // len(rollout.prompts)
+    lengths = prompt_lengths[rows // group_size] + rollout.lengths[rows]   # (b,)
+    order = lengths.argsort(stable=True)
+    sizes = [0]
+    for length in lengths[order].tolist():      # growing: the newest row sets the padded width
+        if sizes[-1] and (sizes[-1] + 1) * length > max_tokens:
+            sizes.append(0)
+        sizes[-1] += 1
+    return rows[order].split(sizes)
+
+
+@torch.no_grad()
+def rescore(model, rollout, temperature=1.0, micro_tokens=2048):
+    """Log-probs (B, T) of all responses under the model as it is now: what `update` can take as
+    `logp_old` instead of the sampler's own, if sampler and trainer might differ."""
+    logp_old = torch.zeros_like(rollout.logp)
+    all_rows = torch.arange(len(rollout.tokens), device=rollout.tokens.device)
+    for rows in micro_batches(rollout, all_rows, micro_tokens):
+        logp, _, _ = score(model, rollout, rows, temperature)
+        logp_old[rows, :logp.shape[1]] = logp
+    return logp_old
 
 
 def update(model, optimizer, rollout, advantages, algorithm, clip_low, clip_high, mini_batches=4,
@@ -164,17 +179,16 @@ def update(model, optimizer, rollout, advantages, algorithm, clip_low, clip_high
     P, G = advantages.shape
     A = advantages.flatten()                                               # (B,)
     logp_old = rollout.logp if logp_old is None else logp_old
-    prompt_lengths = torch.tensor([len(p) for p in rollout.prompts], device=A.device)
-    lengths = prompt_lengths.repeat_interleave(G) + rollout.lengths        # (B,)
     metrics = []
-    for groups in torch.arange(P, device=A.device).chunk(mini_batches):
+    for groups in torch.arange(P, device=A.device).tensor_split(mini_batches):
         rows = (groups[:, None] * G + torch.arange(G, device=A.device)).flatten()
         n_rows = len(rows)
         rows = rows[A[rows] != 0]   # A = 0 has no gradient: not computed, but counted in n_rows
         if len(rows) == 0:
             continue
+        optimizer.zero_grad()
         logps, entropies, changes, order = [], [], [], []
-        for part in micro_batches(rows, lengths, micro_tokens):
+        for part in micro_batches(rollout, rows, micro_tokens):
             logp, entropy, change = score(model, rollout, part, temperature)
             T = logp.shape[1]
             loss, _ = policy_loss(algorithm, logp, logp_old[part, :T], A[part],
@@ -182,18 +196,17 @@ def update(model, optimizer, rollout, advantages, algorithm, clip_low, clip_high
             # The mean over the part, times its share, adds up to the mean over the mini-batch.
             (loss * len(part) / n_rows).backward()
             logps.append(torch.nn.functional.pad(logp.detach(), (0, logp_old.shape[1] - T)))
-            entropies.append(entropy), changes.append(change), order.append(part)
+            share = rollout.lengths[part].sum() / rollout.lengths[rows].sum()      # of the tokens
+            entropies.append(entropy * share), changes.append(change * share), order.append(part)
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
         order = torch.cat(order)
         loss, stats = policy_loss(algorithm, torch.cat(logps), logp_old[order], A[order],
                                   rollout.mask[order], clip_low, clip_high)
         loss = loss.item() * len(order) / n_rows
         if not (torch.isfinite(grad_norm) and abs(loss) < float("inf")):
-            optimizer.zero_grad()
             raise FloatingPointError(f"loss {loss}, gradient norm {grad_norm.item()}")
         optimizer.step()
-        optimizer.zero_grad()
         metrics.append(stats | {"loss": loss, "grad_norm": grad_norm.item(),
-                                "entropy": torch.stack(entropies).mean().item(),
-                                "expert_change": torch.stack(changes).mean(dim=0).tolist()})
+                                "entropy": torch.stack(entropies).sum().item(),
+                                "expert_change": torch.stack(changes).sum(dim=0).mean().item()})
     return metrics

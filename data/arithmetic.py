@@ -1,0 +1,166 @@
+"""Arithmetic with an imperfect teacher and a reward that is a rule.
+
+    prompt     347+585=
+    response   932                                          the answer at once, or
+               <think>7+5+0=12,4+8+1=13,3+5+1=9</think>932  worked digit by digit
+
+    +  low digit first     digit + digit + carry = sum                   7+5+0=12,4+8+1=13
+    -  low digit first     10 + digit - digit - borrow = difference      12-5-0=7,14-8-1=5
+                           (below 10: the next digit lends)
+    *  low digit first     digit * factor = product + carry = sum        7*6=42+0=42,4*6=24+4=28
+    /  high digit first    rest and digit / divisor = digit r rest       8/6=1r2,24/6=4r0
+
+The teacher thinks in a part of its demonstrations, slips at a step now and then (the slip is carried
+on to the answer) and answers at once with a guess that may be wrong. Whoever imitates it perfectly
+is right as often as the teacher is: that is the ceiling of imitation, which RL is to go past.
+
+A task is any class `Task` with three methods: `sample(rng)` gives a problem with a `prompt`,
+`demonstrate(problem, rng)` a response to imitate, `reward(problem, response)` a number. `held_out()`
+is optional: problems that `sample` never gives.   Run: python data/arithmetic.py
+"""
+import hashlib
+import random
+from dataclasses import dataclass, field
+from pathlib import Path
+
+OPERATIONS = "+-*/"
+
+
+@dataclass(frozen=True)
+class Problem:
+    prompt: str         # "347+585="
+    answer: str         # "932", canonical: no sign, no leading zero
+    kind: str           # "+3": the operation and the digits of the larger operand
+
+
+def is_held_out(op, a, b):
+    """A tenth of all problems, chosen by a stable hash; 3+58 and 58+3 are on the same side."""
+    name = f"{max(a, b)}{op}{min(a, b)}".encode()
+    return hashlib.sha256(name).digest()[0] < 26
+
+
+def random_number(digits, rng):
+    return rng.randrange(10 ** (digits - 1) if digits > 1 else 0, 10 ** digits)
+
+
+def random_problem(op, digits, rng, held_out=False):
+    """A problem whose larger operand has that many digits, on the wanted side of the split."""
+    while True:
+        a = random_number(digits, rng)
+        if op in "+-":
+            b = random_number(rng.randint(1, digits), rng)
+            a, b = max(a, b), min(a, b)
+        else:
+            b = rng.randint(1, 9)
+            a -= a % b if op == "/" else 0          # exact; may lose a digit: 11/6 -> 6/6
+        if op == "+" and rng.random() < 0.5:
+            a, b = b, a
+        if is_held_out(op, a, b) == held_out and len(str(max(a, b))) == digits:
+            answer = a + b if op == "+" else a - b if op == "-" else a * b if op == "*" else a // b
+            return Problem(f"{a}{op}{b}=", str(answer), f"{op}{digits}")
+
+
+def work(op, a, b, slip):
+    """The steps of a calculation and its result; `slip(value, n)` may give a wrong one below n."""
+    steps, result, carry = [], "", 0
+    if op == "/":                                       # the high digit first, carry is the rest
+        for digit in str(a):
+            top = 10 * carry + int(digit)
+            quotient, carry = slip(top // b, 10), top % b
+            steps.append(f"{top}/{b}={quotient}r{carry}")
+            result += str(quotient)
+        return steps, int(result)
+    for i in range(len(str(a)) if op == "*" else max(len(str(a)), len(str(b)))):
+        x, y = a // 10 ** i % 10, b // 10 ** i % 10     # the low digit first
+        if op == "+":
+            total = slip(x + y + carry, 20)
+            steps.append(f"{x}+{y}+{carry}={total}")
+            carry, digit = divmod(total, 10)
+        elif op == "-":
+            total = slip(10 + x - y - carry, 20)        # 1 is always borrowed, and left if unused
+            steps.append(f"1{x}-{y}-{carry}={total}")
+            carry, digit = int(total < 10), total % 10
+        else:
+            total = slip(x * b + carry, 90)
+            steps.append(f"{x}*{b}={x * b}+{carry}={total}")
+            carry, digit = divmod(total, 10)
+        result = f"{digit}{result}"
+    return steps, int(result if op == "-" else f"{carry}{result}")
+
+
+def option(default, why, low, high):
+    return field(default=default, metadata=dict(help=why, low=low, high=high))
+
+
+@dataclass
+class Task:
+    # Of such a teacher's answers 0.79 are right: the ceiling of imitation.
+    max_digits: int = option(3, "operands have 1 to this many digits", 1, 9)
+    think: float = option(0.45, "share of demonstrations that think; RL is to raise it", 0, 1)
+    slip: float = option(0.05, "chance that a worked step is wrong", 0, 1)
+    guess: float = option(0.3, "chance that an answer given at once is wrong", 0, 1)
+
+    def sample(self, rng):
+        """A random problem, never a held-out one; 3 digits come three times as often as 1."""
+        digits = range(1, self.max_digits + 1)
+        return random_problem(rng.choice(OPERATIONS), rng.choices(digits, digits)[0], rng)
+
+    def held_out(self, per_kind=40):
+        """The fixed test set: as many problems of every operation and number of digits.
+
+        Of one-digit problems there are few, so that some stand in it more than once."""
+        rng = random.Random("held out")
+        return [random_problem(op, digits, rng, held_out=True) for op in OPERATIONS
+                for digits in range(1, self.max_digits + 1) for _ in range(per_kind)]
+
+    def demonstrate(self, problem, rng, think=None):
+        """The teacher's response, right or wrong; `think` settles whether it thinks."""
+        def slip(value, n):
+            return rng.choice([v for v in range(n) if v != value]) if rng.random() < self.slip \
+                else value
+
+        if think if think is not None else rng.random() < self.think:
+            op = problem.kind[0]
+            a, b = map(int, problem.prompt[:-1].split(op))
+            steps, result = work(op, a, b, slip)
+            return f"<think>{','.join(steps)}</think>{result}"
+        if rng.random() >= self.guess:
+            return problem.answer
+        wrong = int(problem.answer)
+        while str(wrong) == problem.answer:         # as long as the answer, but not the answer
+            wrong = random_number(len(problem.answer), rng)
+        return str(wrong)
+
+    def reward(self, problem, response):
+        """1.0 if what follows the thinking is the answer, digit for digit, else 0.0.
+
+        Any text gets a number in one pass: text is compared with text, nothing is evaluated."""
+        thinking, closed, answer = response.rpartition("</think>")
+        if closed:
+            thinking = thinking.removeprefix("<think>") if thinking.startswith("<think>") else "<"
+        return float("<" not in thinking and answer == problem.answer)
+
+
+def main():
+    task, rng = Task(), random.Random(0)
+    kinds = [(op, digits) for op in OPERATIONS for digits in range(1, task.max_digits + 1)]
+    print("prompt   at once   worked")
+    for op, digits in kinds:
+        problem = random_problem(op, digits, rng)
+        at_once, worked = (task.demonstrate(problem, rng, think) for think in (False, True))
+        print(f"{problem.prompt:9}{at_once:10}{worked}")
+    print("\nHow often the teacher is right (it thinks in "
+          f"{task.think:.0%} of its demonstrations, slips at {task.slip:.0%} of the steps and "
+          f"guesses wrong {task.guess:.0%} of the time)")
+    for op, digits in kinds:
+        problems = [random_problem(op, digits, rng) for _ in range(3000)]
+        right = sum(task.reward(p, task.demonstrate(p, rng)) for p in problems) / len(problems)
+        print(f"    {op} {digits} digit{'s'[:digits > 1]:2} {right:.3f}")
+    problems = [task.sample(rng) for _ in range(10_000)]
+    right = sum(task.reward(p, task.demonstrate(p, rng)) for p in problems) / len(problems)
+    print(f"    all        {right:.3f}")
+    print("\nvocabulary  ", *(Path(__file__).parent / "vocabulary.txt").read_text().split())
+
+
+if __name__ == "__main__":
+    main()

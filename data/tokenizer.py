@@ -1,0 +1,37 @@
+"""Text <-> token ids: a `tiktoken.Encoding` built from a vocabulary file, without the network.
+
+The file has one token a line, its id being the line's number from 0. A line in angle brackets, such
+as `<think>`, is a special token and any other is a single character, so every digit is a token of
+its own, as in Qwen. `<end>` closes a response; `<pad>` only fills rows, so that the end of a
+response is never mistaken for padding and is learned like any other token.
+"""
+from pathlib import Path
+
+import tiktoken
+
+
+class Tokenizer:
+    def __init__(self, path=Path(__file__).parent / "vocabulary.txt"):
+        lines = Path(path).read_text(encoding="utf-8").split()
+        special = {token: i for i, token in enumerate(lines) if len(token) > 1}
+        characters = {token.encode(): i for i, token in enumerate(lines) if len(token) == 1}
+        self.encoding = tiktoken.Encoding("small", pat_str=r"(?s:.)", mergeable_ranks=characters,
+                                          special_tokens=special)
+        self.end, self.pad, self.size = special["<end>"], special["<pad>"], len(lines)
+        self.known, self.tokens = {t for t in lines if len(t) == 1}, lines
+
+    def encode(self, text):
+        """Text -> list of ids. ValueError, naming the character, if one has no token."""
+        bare = text
+        for token in self.encoding.special_tokens_set:
+            bare = bare.replace(token, "")
+        # Checked first, because tiktoken panics on a byte that it does not know.
+        for character in bare:
+            if character not in self.known:
+                raise ValueError(f"{character!r} in {text!r} is not in the vocabulary; "
+                                 f"use {' '.join(sorted(self.known))}")
+        return self.encoding.encode(text, allowed_special="all")
+
+    def decode(self, ids):
+        """Ids -> text, special tokens spelled out."""
+        return self.encoding.decode(ids)
