@@ -23,7 +23,6 @@ import inspect
 import itertools
 import json
 import math
-import os
 import random
 import signal
 import sys
@@ -58,13 +57,13 @@ class Config:
     n_active: int = option(2, "experts that a token uses", 1)
     d_expert: int = option(64, "inner width of an expert", 1)
     # Cold start: long enough that most problems get a right answer now and then.
-    cold_steps: int = option(2400, "optimiser steps of imitation", 1)
+    cold_steps: int = option(3000, "optimiser steps of imitation", 1)
     cold_lr: float = option(6e-3, "peak learning rate; small models bear a high one", 0, 1)
-    cold_tokens: int = option(2560, "tokens in a batch; more are slower, not better", 64)
+    cold_tokens: int = option(2560, "tokens in a batch, padding included", 64)
     balance: float = option(0.01, "weight of the loss that keeps all experts in use", 0, 10)
     # RL.
     algorithm: str = option("gspo", "the objective", choices=tuple(gspo.CLIP))
-    steps: int = option(500, "RL steps: a rollout and its updates", 0)
+    steps: int = option(400, "RL steps: a rollout and its updates", 0)
     prompts: int = option(32, "problems in a step", 1)
     group_size: int = option(8, "responses to a problem: each other's baseline", 2)
     mini_batches: int = option(4, "optimiser steps per rollout, as in the paper", 1)
@@ -73,14 +72,14 @@ class Config:
     clip_high: float = option(None, "upper clip range; gspo 4e-3, grpo 0.27", 0, 100)
     scale: str = option("std", "divide advantages by their group's std?", choices=("std", "none"))
     temperature: float = option(1.0, "of sampling and of scoring", 0.01, 100)
-    max_new_tokens: int = option(48, "a response without an end by then is worth 0", 1, 1000)
+    max_new_tokens: int = option(64, "a response without an end by then is worth 0", 1, 1000)
     max_grad_norm: float = option(1.0, "longer gradients are shortened to this", 1e-6)
     recompute_logp_old: bool = option(False, "score again, do not trust the sampler's log-probs")
     # The run.
     eval_every: int = option(100, "RL steps from one held-out evaluation to the next", 1)
     save_every: int = option(50, "RL steps from one checkpoint to the next", 1)
     device: str = option("auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
-    threads: int = option(2, "CPU threads; so small a model hardly gains from more", 1, 1024)
+    threads: int = option(2, "CPU threads; what we measured with", 1, 1024)
     out: str = option(None, "folder of the run (default: the first free out/run-N)")
 
 
@@ -136,7 +135,7 @@ def task_class(name):
 
 def parse(argv):
     """The command line -> config, task, what to do, and the state of the run to go on with."""
-    name = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    name = Parser(add_help=False, allow_abbrev=False)
     name.add_argument("--task", default=Config.task)
     Task = task_class(name.parse_known_args(argv)[0].task)      # the task has options of its own
     parser = Parser(description=__doc__, allow_abbrev=False,
@@ -152,8 +151,8 @@ def parse(argv):
     todo = {key: given.pop(key) for key in ("ask", "eval_only", "resume", "fresh")}
     state = None
     if todo["ask"] is not None or todo["eval_only"] or todo["resume"]:
-        given["out"] = given.get("out") or last_run()
-        state = load(given["out"])
+        given["out"] = given.get("out") or report.last_run()
+        state = report.load(Path(given["out"]) / "checkpoint.pt")
         for key, value in given.items():
             if key not in MAY_CHANGE and value != state["options"].get(key):
                 fail(f"argument --{key}: this run has {state['options'].get(key)}, which only a "
@@ -173,30 +172,6 @@ def parse(argv):
     return config, task, todo, state
 
 
-# ---------------------------------------------------------------------------- the files of a run
-
-def save(path, content):
-    """Atomic: whoever opens the file finds the old content or the new, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(content, f"{path}.part")
-    os.replace(f"{path}.part", path)
-
-
-def load(folder):
-    path = Path(folder) / "checkpoint.pt"
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        fail(f"there is no {path}; the first checkpoint is written after the cold start")
-    except Exception as error:
-        fail(f"{path} cannot be read ({type(error).__name__}); name another run with --out")
-
-
-def last_run():
-    runs = sorted(Path("out").glob("*/checkpoint.pt"), key=lambda path: path.stat().st_mtime)
-    return str(runs[-1].parent) if runs else fail("no run in out/ yet; begin: python train.py")
-
-
 # ---------------------------------------------------------------------------- 1 the cold start
 
 def cold_start(config, task, tokenizer, model, fresh):
@@ -210,13 +185,13 @@ def cold_start(config, task, tokenizer, model, fresh):
     made_of = repr((relevant, task, sources, tokenizer.tokens, torch.__version__, device.type))
     path = Path("out") / f"cold-{hashlib.sha256(made_of.encode()).hexdigest()[:12]}.pt"
     if path.exists() and not fresh:
-        kept = torch.load(path, map_location="cpu", weights_only=True)
+        kept = report.load(path)
         model.load_state_dict(kept["model"])
         print(f"1 cold start: taken from {path} (--fresh makes it again)")
         return kept["seconds"]
 
     print(f"1 cold start: {config.cold_steps} steps of imitation")
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.1)
     began = time.time()
     batches = demonstrations.batches(task, tokenizer, config.seed, config.cold_tokens,
                                      config.max_new_tokens)
@@ -236,9 +211,9 @@ def cold_start(config, task, tokenizer, model, fresh):
         optimizer.step()
         if step % 100 == 0 or step == config.cold_steps:
             left = (time.time() - began) / step * (config.cold_steps - step)
-            print(f"  step {step:5}   loss {loss.item():.3f}   {report.clock(left)} left", flush=True)
+            print(f"  step {step:5}   loss {loss:.3f}   {report.clock(left)} left", flush=True)
     seconds = time.time() - began
-    save(path, {"model": model.state_dict(), "seconds": seconds})
+    report.save(path, {"model": model.state_dict(), "seconds": seconds})
     return seconds
 
 
@@ -333,7 +308,7 @@ def reinforce(config, task, tokenizer, model, state, folder):
 
     def checkpoint():
         state.update(model=model.state_dict(), optimizer=optimizer.state_dict())
-        save(folder / "checkpoint.pt", state)
+        report.save(folder / "checkpoint.pt", state)
         return state["step"]
 
     saved = checkpoint()
@@ -383,13 +358,16 @@ def begin(config, task, tokenizer, model, folder, fresh):
             "seconds_cold_start": seconds, "seconds_before_rl": seconds + time.time() - began}
 
 
-def main(argv=None):
+def run(argv):
     config, task, todo, state = parse(argv)
     torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
     tokenizer = Tokenizer()
-    device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() \
-        else "mps" if torch.backends.mps.is_available() else "cpu"
+    devices = ["cpu"] + ["mps"] * torch.backends.mps.is_available() + \
+        ["cuda"] * torch.cuda.is_available()
+    device = devices[-1] if config.device == "auto" else config.device
+    if device not in devices:
+        fail(f"argument --device: there is no {device} here; choose from {', '.join(devices)}")
     sizes = {name: getattr(config, name) for name in vars(config) if name.startswith(("n_", "d_"))}
     model = moe.MoETransformer(moe.MoEConfig(
         tokenizer.size, max_length=64 + config.max_new_tokens, **sizes)).to(device)
@@ -409,10 +387,14 @@ def main(argv=None):
     report.finish(config, state, folder)
 
 
-if __name__ == "__main__":
+def main(argv=None):
     try:
-        main()
+        run(argv)
     except ValueError as error:     # raised where bad input is noticed, such as impossible sizes
         fail(error)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt:       # before RL there is nothing to lose but the cold start
         sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

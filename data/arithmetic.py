@@ -8,15 +8,19 @@
     -  low digit first     10 + digit - digit - borrow = difference      12-5-0=7,14-8-1=5
                            (below 10: the next digit lends)
     *  low digit first     digit * factor = product + carry = sum        7*6=42+0=42,4*6=24+4=28
-    /  high digit first    rest and digit / divisor = digit r rest       8/6=1r2,24/6=4r0
+    /  high digit first    rest and digit / divisor = digit * divisor    8/6=1*6=6,8-6=2,
+                           = product, and the last digits' difference,   24/6=4*6=24,4-4=0
+                           which is the next rest
 
-The teacher thinks in a part of its demonstrations, slips at a step now and then (the slip is carried
-on to the answer) and answers at once with a guess that may be wrong. Whoever imitates it perfectly
-is right as often as the teacher is: that is the ceiling of imitation, which RL is to go past.
+Steps are cut so small that each is a fact of two or three digits which other problems have, too.
+
+The teacher thinks in a part of its demonstrations, slips at a step now and then (the slip is
+carried on to the answer) and answers at once with a guess that may be wrong. Whoever imitates it
+perfectly is as often right as the teacher: the ceiling of imitation, which RL is to go past.
 
 A task is any class `Task` with three methods: `sample(rng)` gives a problem with a `prompt`,
-`demonstrate(problem, rng)` a response to imitate, `reward(problem, response)` a number. `held_out()`
-is optional: problems that `sample` never gives.   Run: python data/arithmetic.py
+`demonstrate(problem, rng)` a response to imitate, `reward(problem, response)` a number.
+`held_out()`, problems that `sample` never gives, is optional.   Run: python data/arithmetic.py
 """
 import hashlib
 import random
@@ -66,8 +70,10 @@ def work(op, a, b, slip):
     if op == "/":                                       # the high digit first, carry is the rest
         for digit in str(a):
             top = 10 * carry + int(digit)
-            quotient, carry = slip(top // b, 10), top % b
-            steps.append(f"{top}/{b}={quotient}r{carry}")
+            quotient = slip(min(top // b, 9), 10)       # above 9 only after a slip
+            product = quotient * b
+            carry = (top - product) % 10                # the rest is below 10: last digits do
+            steps.append(f"{top}/{b}={quotient}*{b}={product},{top % 10}-{product % 10}={carry}")
             result += str(quotient)
         return steps, int(result)
     for i in range(len(str(a)) if op == "*" else max(len(str(a)), len(str(b)))):
@@ -96,14 +102,15 @@ def option(default, why, low, high):
 class Task:
     # Of such a teacher's answers 0.79 are right: the ceiling of imitation.
     max_digits: int = option(3, "operands have 1 to this many digits", 1, 9)
-    think: float = option(0.45, "share of demonstrations that think; RL is to raise it", 0, 1)
+    think: float = option(0.4, "share of demonstrations that think; RL is to raise it", 0, 1)
     slip: float = option(0.05, "chance that a worked step is wrong", 0, 1)
     guess: float = option(0.3, "chance that an answer given at once is wrong", 0, 1)
 
     def sample(self, rng):
-        """A random problem, never a held-out one; 3 digits come three times as often as 1."""
+        """A random problem, never a held-out one. The harder come more often: 3 digits three times
+        as often as 1, division twice as often as the others."""
         digits = range(1, self.max_digits + 1)
-        return random_problem(rng.choice(OPERATIONS), rng.choices(digits, digits)[0], rng)
+        return random_problem(rng.choice("+-*//"), rng.choices(digits, digits)[0], rng)
 
     def held_out(self, per_kind=40):
         """The fixed test set: as many problems of every operation and number of digits.

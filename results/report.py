@@ -1,11 +1,14 @@
-"""What a run leaves for the eye: its table of metrics, its words, its samples and its curves.
+"""The files of a run, and what it leaves for the eye: its words, its samples and its curves.
 
     python results/report.py out/run-1        draws out/run-1/curves.png again
 """
 import csv
 import json
+import os
 import sys
 from pathlib import Path
+
+import torch
 
 COLUMNS = ["step", "accuracy", "accuracy_greedy", "reward", "think", "length", "truncated",
            "no_signal", "loss", "clip_low", "clip_high", "clip_low_seq", "clip_high_seq",
@@ -13,6 +16,31 @@ COLUMNS = ["step", "accuracy", "accuracy_greedy", "reward", "think", "length", "
            "grad_norm", "expert_change", "tokens_per_second", "seconds"]
 HEADER = ("  step  reward  held-out  think  length   clip  no signal       kl  entropy  gradient"
           "  experts  tokens/s    left")
+
+
+def save(path, content):
+    """Atomic: whoever opens the file finds the old content or the new, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(content, f"{path}.part")
+    os.replace(f"{path}.part", path)
+
+
+def load(path):
+    """What `save` wrote: tensors and plain data, never code. ValueError if it cannot be read."""
+    if not path.exists():
+        raise ValueError(f"there is no {path}; the first is written after the cold start")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:      # whatever a damaged file leads to
+        raise ValueError(f"{path} cannot be read ({type(error).__name__}); name another run with "
+                         "--out, or begin a new one with --fresh") from error
+
+
+def last_run():
+    runs = sorted(Path("out").glob("*/checkpoint.pt"), key=lambda path: path.stat().st_mtime)
+    if not runs:
+        raise ValueError("there is no run in out/ yet; begin with: python train.py")
+    return str(runs[-1].parent)
 
 
 def clock(seconds):
@@ -57,10 +85,11 @@ def sample_lines(scored, n=5):
     """A few right and wrong responses of [(problem, text, reward), ...]."""
     for name, wanted in (("right", True), ("wrong", False)):
         # One response a problem: otherwise all might be to the first.
-        chosen = {problem: text for problem, text, reward in scored if (reward > 0) == wanted}
-        step = max(1, len(chosen) // n)
-        for problem, text in list(chosen.items())[::step][:n]:
-            yield f"{name}   {problem.prompt}{'(no end)' if text is None else text}"
+        chosen = {problem.prompt: text for problem, text, reward in scored
+                  if (reward > 0) == wanted}
+        for prompt in list(chosen)[::len(chosen) // n + 1]:
+            text = chosen[prompt]
+            yield f"{name}   {prompt}{'(cut before its end)' if text is None else text}"
 
 
 def show(result, scored, path=None, title=""):
