@@ -32,8 +32,9 @@ def machine():
     """Processor and cores, as a reader can compare them; no names, no paths."""
     model = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next((line.split(": ")[1] for line in lines if line.startswith("model name")), model)
+        names = [line.split(": ")[1] for line in Path("/proc/cpuinfo").read_text().splitlines()
+                 if line.startswith("model name")]
+        model = names[0] if names else model
     return f"{model}, 2 threads"
 
 
@@ -75,8 +76,8 @@ def print_table():
 
 
 def main():
-    for seed in SEEDS:
-        for name, options in SETTINGS.items():
+    for name, options in SETTINGS.items():
+        for seed in SEEDS:
             rows = read()
             if any(row["setting"] == name and row["seed"] == str(seed) for row in rows):
                 continue
