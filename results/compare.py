@@ -1,27 +1,29 @@
 """Run several settings with several seeds; results/runs.csv gets a row for every run.
 
-    python results/compare.py                  run what is missing (about 3 minutes a run), then:
-    python results/compare.py --table          print runs.csv, mean and standard deviation by seeds
+    python results/compare.py                  run what is missing, 2 to 8 minutes a run, then:
+    python results/compare.py --table          print runs.csv, mean and standard deviation over seeds
 
-A seed's cold start is made once and shared by the settings: they differ in nothing but what their
-row says.
+A seed's cold start is made once and shared by the settings, so that they differ in nothing but what
+their row says. They are compared by their first 200 RL steps; the main job goes on to its end.
 """
 import csv
 import json
+import os
 import platform
 import statistics
 import subprocess
 import sys
 from pathlib import Path
 
+COMPARED = 200      # RL steps
 SETTINGS = {
     "GSPO": [],
-    "GSPO, the paper's clip range": ["--clip_low", "3e-4", "--clip_high", "4e-4"],
-    "GRPO": ["--algorithm", "grpo"],
+    "GSPO, the paper's clip range": ["--clip_low", "3e-4", "--clip_high", "4e-4", "--steps", "200"],
+    "GRPO": ["--algorithm", "grpo", "--steps", "200"],
 }
 SEEDS = range(5)
 TABLE = Path(__file__).parent / "runs.csv"
-MEANS = ["clip_low", "clip_high", "log_s_std", "log_w_std", "outliers", "kl", "expert_change"]
+MEANS = ["reward", "clip_low", "clip_high", "log_s_std", "log_w_std", "outliers", "kl", "expert_change"]
 
 
 def shell(*command):
@@ -39,19 +41,21 @@ def machine():
 
 
 def measure(name, options, seed):
-    """One run -> its row: the summary, and the means of some metrics over all steps."""
+    """One run -> its row: its summary, and the compared steps' accuracy, reward and metrics."""
     out = Path("out") / f"{''.join(c for c in name if c.isalnum())}-{seed}"
-    command = ["train.py", *options, "--seed", str(seed), "--out", str(out)]
-    if not (out / "summary.json").exists():
-        subprocess.run([sys.executable, *command], check=True)
+    command = ["train.py", *options, "--seed", str(seed)]
+    commit = shell("git", "describe", "--always", "--dirty", "--exclude", "*")
+    goes_on = ["--resume"] if (out / "checkpoint.pt").exists() else command[1:]
+    subprocess.run([sys.executable, command[0], *goes_on, "--out", str(out)], check=True)
     with open(out / "metrics.csv", newline="") as file:
-        steps = list(csv.DictReader(file))
-    means = {column: statistics.fmean(float(row[column] or 0) for row in steps) for column in MEANS}
-    return {"setting": name, "seed": seed, "command": "python " + " ".join(command[:-2]),
-            "commit": shell("git", "rev-parse", "--short", "HEAD"), "machine": machine(),
+        steps = list(csv.DictReader(file))[:COMPARED]
+    means = {column: statistics.fmean(float(row[column]) for row in steps if row[column])
+             for column in MEANS}
+    return {"setting": name, "seed": seed, "command": "python " + " ".join(command),
+            "commit": commit, "machine": machine(),
             **json.loads((out / "summary.json").read_text()),
-            "reward_first_100": statistics.fmean(float(row["reward"]) for row in steps[:100]),
-            **means}
+            f"accuracy_{COMPARED}": steps[-1]["accuracy"],
+            **{f"{column}_{COMPARED}": mean for column, mean in means.items()}}
 
 
 def read():
@@ -63,7 +67,7 @@ def read():
 
 def print_table():
     columns = ["accuracy_cold_start", "accuracy", "accuracy_greedy", "think_share",
-               "reward_first_100", "seconds", *MEANS]
+               "seconds", f"accuracy_{COMPARED}", *(f"{column}_{COMPARED}" for column in MEANS)]
     print("| setting |", " | ".join(columns), "|")
     print("|---|" + "---|" * len(columns))
     for name in dict.fromkeys(row["setting"] for row in read()):
@@ -82,10 +86,11 @@ def main():
             if any(row["setting"] == name and row["seed"] == str(seed) for row in rows):
                 continue
             rows.append(measure(name, options, seed))
-            with open(TABLE, "w", newline="") as file:
+            with open(f"{TABLE}.part", "w", newline="") as file:
                 writer = csv.DictWriter(file, rows[-1])
                 writer.writeheader()
                 writer.writerows(rows)
+            os.replace(f"{TABLE}.part", TABLE)
 
 
 if __name__ == "__main__":
