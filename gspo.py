@@ -11,9 +11,10 @@ The new policy is moved towards the better ones, but not far from the policy tha
           w_it = pi_new(y_it) / pi_old(y_it)                                                (Eq. 3)
 
 GSPO has one ratio for a whole response and keeps or clips the response as one; GRPO has a ratio for
-every token and clips tokens. In the gradient that is the only difference: every token of y_i gets
-the weight s_i A_i / |y_i| (Eq. 10) or its own weight w_it A_i / |y_i| (Eq. 12). One token whose
-ratio jumps, say because it was routed to other experts, moves s_i by a |y_i|-th of the jump.
+every token and clips tokens. Clipping aside, this is the one difference in the gradient: every
+token of y_i gets the weight s_i A_i / |y_i| (Eq. 10), or its own, w_it A_i / |y_i| (Eq. 12). If the
+log-ratio of a token jumps, say because other experts worked on it, log s_i moves by a |y_i|-th of
+that jump.
 
     GSPO-token (Eq. 13-14) is GSPO when A is the same for all tokens of a response, in value and in
     gradient, and takes a different A_it for every token where that is wanted.
@@ -22,22 +23,27 @@ What is left out: the KL term to a reference model (the paper omits it as well) 
 (the group's mean is the baseline).
 
 Three steps: group_advantages -> policy_loss (a pure function of tensors) -> update.
-Letters: P prompts, G group size, B = P*G responses, T tokens, b rows of a part, M tokens of a part.
+Letters: P prompts, G group size, B = P*G responses, T tokens; b rows and M response tokens of a
+micro-batch, which is as much of a mini-batch as is computed at once.
 """
 import torch
 
 # Paper, section 5.1: the two kinds of ratio live on scales three orders of magnitude apart.
 CLIP = {"gspo": (3e-4, 4e-4), "gspo_token": (3e-4, 4e-4), "grpo": (0.2, 0.27)}
-MAX_LOG_RATIO = 20.0    # exp(20) is finite in fp32; unbounded, inf * 0 would be a NaN gradient
+# exp(20) is finite in fp32; unbounded, inf * 0 would be a NaN gradient. Past it, where no healthy
+# run ever comes, gspo and grpo have no gradient and gspo_token has that of the bound.
+MAX_LOG_RATIO = 20.0
 
 
 def group_advantages(rewards, scale="std"):
     """Rewards (P, G) -> advantages (P, G): how far above its group's mean, in standard deviations.
 
     The paper (Eq. 6) does not say which standard deviation. This is the sample one (G - 1), as in
-    TRL and verl, with nothing added to it: [1, 0, 0, 0] -> [1.5, -0.5, -0.5, -0.5]. A group whose
+    TRL and verl but without their epsilon: [1, 0, 0, 0] -> [1.5, -0.5, -0.5, -0.5]. A group whose
     rewards are all equal says nothing and gets exactly 0. `scale="none"` leaves the division out
-    (Dr. GRPO, 2503.20783)."""
+    (Dr. GRPO, 2503.20783). ValueError for rewards that are not finite."""
+    if not torch.isfinite(rewards).all():
+        raise ValueError(f"rewards must be finite numbers; these are {rewards.tolist()}")
     centred = rewards - rewards.mean(dim=1, keepdim=True)                  # (P, G)
     if scale == "std":
         centred = centred / rewards.std(dim=1, keepdim=True)
@@ -95,7 +101,8 @@ def policy_loss(algorithm, logp, logp_old, advantages, mask, clip_low, clip_high
 
 
 def ratio_stats(log_w, log_s, low, high, mask):
-    """What the ratios of a mini-batch look like; all arguments (B, T), all results floats.
+    """What the ratios look like; all arguments (B, T), all results floats. `update` asks about the
+    responses with A != 0, the only ones that it computes.
 
     clip_low, clip_high          share of tokens whose gradient the clip removes (as in Fig. 2)
     clip_low_seq, clip_high_seq  the same, averaged within each response first
@@ -174,8 +181,9 @@ def update(model, optimizer, rollout, advantages, algorithm, clip_low, clip_high
     """One optimiser step per mini-batch of whole groups; returns one dict of metrics per step.
 
     `advantages` is (P, G). `logp_old` (B, T) stays what it was when the responses were sampled: in
-    the first mini-batch every ratio is 1 and nothing is clipped, later ones have drifted. Raises
-    FloatingPointError, and leaves the weights alone, if the loss or the gradient is not finite."""
+    the first mini-batch every ratio is 1 and nothing is clipped, later ones have drifted. One
+    without any signal has no step. Raises FloatingPointError, before the optimiser's step, if the
+    loss or the gradient of a mini-batch is not finite."""
     P, G = advantages.shape
     A = advantages.flatten()                                               # (B,)
     logp_old = rollout.logp if logp_old is None else logp_old

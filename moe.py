@@ -58,7 +58,7 @@ class MoEConfig:
 class Output(NamedTuple):
     logits: torch.Tensor        # (B, T, V), or (M, V) if `keep` chose M positions
     routes: torch.Tensor        # (L, B, T, K) active experts, most probable first
-    balance_loss: torch.Tensor  # scalar, 1 if all experts are used alike, E if only one is
+    balance_loss: torch.Tensor  # scalar, 1 if all experts are used alike, E/K if only K are
 
 
 class KVCache:
@@ -165,7 +165,8 @@ class Layer(nn.Module):
 
 
 class MoETransformer(nn.Module):
-    """tokens (B, T) -> Output. Rows are padded on the right; what the padding is does not matter.
+    """tokens (B, T) -> Output. Rows are padded on the right; padding changes nothing elsewhere,
+    but balance_loss counts it like any token.
     routes (L, B, T, K)   experts to activate instead of the router's own choice (replay)
     keep (B, T)           True at the M positions whose logits are wanted
     positions (B, T)      with `cache`, a KVCache that holds the earlier positions of each row
@@ -259,8 +260,8 @@ def generate(model, prompts, group_size, max_new_tokens, temperature=1.0, eos_id
     """Sample `group_size` responses to each prompt, a list of token ids -> Rollout.
 
     A response ends with `eos_id` or is cut at `max_new_tokens`; without an `eos_id` all are cut.
-    No top-k or top-p: the trainer has to score the same distribution. `generator` is one of the
-    CPU on every device, and its state decides the rollout. See check_request for errors."""
+    No top-k or top-p: the trainer has to score the same distribution. The state of `generator`, a
+    CPU one on every device, decides the rollout. See check_request for errors."""
     check_request(model.config, prompts, group_size, max_new_tokens, temperature)
     config, device, G, T = model.config, model.embed.weight.device, group_size, max_new_tokens
     start = torch.tensor([len(p) for p in prompts], device=device)      # (P,)
@@ -270,6 +271,7 @@ def generate(model, prompts, group_size, max_new_tokens, temperature=1.0, eos_id
     luck = torch.rand(B, T, generator=generator).to(device)             # (B, T)
     tokens = torch.full((B, T), pad_id, device=device)
     logp = torch.zeros(B, T, device=device)
+    # In padding the first K experts stand: replay needs any K that differ.
     routes = torch.arange(config.n_active, dtype=torch.uint8, device=device)
     routes = routes.repeat(config.n_layer, B, S, 1)                     # (L, B, S, K)
 

@@ -62,12 +62,15 @@ def random_batch(seed, scale=0.1, token_advantages=False):
 
 @pytest.mark.parametrize("algorithm, d, A, loss, grad", [
     ("gspo", [[0.3, -0.1, 0.1]], [1], -1.1051709181, [[-0.3683903060] * 3]),        # e^mean(d)
+    ("gspo", [[0.3, -0.1, 0.1], []], [1, 9], -0.5525854590, [[-0.1841951530] * 3, [0] * 3]),
     ("gspo", [[3, -3, 0.6]], [1], -1.2, [[0, 0, 0]]),                               # outliers
     ("gspo", [[3, -3, 0.6]], [-1], 1.2214027582, [[0.4071342527] * 3]),
     ("grpo", [[3, -3, 0.6]], [1], -0.8165956895, [[0, -0.0165956895, 0]]),
     ("grpo", [[3, -3, 0.6]], [-1], 7.5692185745, [[6.6951789744, 0, 0.6073729335]]),
     ("gspo_token", [[log(w) for w in (0.5, 1, 1.5)]], [[1, -1, 2]], -0.6057068643,  # A per token
      [[-0.3028534321, 0.3028534321, -0.6057068643]]),
+    ("gspo_token", [[log(w) + plus for w in (0.5, 1, 1.5)] for plus in (0, 1)], [[1, -1, 2]] * 2,
+     -0.4912329415, [[-0.1514267161, 0.1514267161, -0.3028534321], [0, 0.4116204900, 0]]),
     ("gspo_token", [[log(1.5)] * 2], [[1, -1]], 0.15, [[0, 0.75]]),                 # and clip
     *[(name, [[log(s)]], [A], loss, [[slope]]) for name in ALGORITHMS   # one token: all the same;
       for A, s, loss, slope in ((1, 1.5, -1.2, 0), (1, 0.5, -0.5, -0.5),  # the sign decides what
@@ -105,7 +108,8 @@ def test_on_the_sampling_policy_every_algorithm_is_reinforce(algorithm):
     loss, grad, stats = objective(algorithm, d, A, 3e-4, 4e-4)
     assert loss == approx(-sum(A) / 6, abs=1e-12) and not any(stats.values())
     assert_close(grad, tensor([[-a / 6 / len(row)] * len(row) + [0] * (7 - len(row))
-                               for row, a in zip(d, A)]))
+                               for row, a in zip(d, A)]), atol=1e-12, rtol=0)
+    assert objective(algorithm, [[0]], [1], 0, 0, T=1)[1] == -1     # on the edge: not yet clipped
 
 @every_algorithm
 @pytest.mark.parametrize("padding", [123.0, -inf, nan])
@@ -286,6 +290,7 @@ def test_a_response_depends_on_its_prompt_and_its_luck_alone():
     assert torch.equal(r.tokens, again.tokens) and torch.equal(r.routes, again.routes)
     assert torch.equal(r.tokens[8:] * r.mask[8:], other.tokens[8:] * other.mask[8:])
     assert_close(r.logp[8:], other.logp[8:])                        # the third prompt's responses
+    assert torch.equal(r.routes[:, 8:], other.routes[:, 8:])
     assert not torch.equal(sample(tiny(), seed=1).logp, r.logp)
 
 def test_greedy_takes_the_likeliest_token_of_the_uncached_model():
@@ -382,7 +387,8 @@ def test_the_teacher_is_right_unless_it_slips_or_guesses():
 def test_the_streams_of_training_never_yield_a_held_out_problem():
     unordered = lambda p: (p.kind[0], frozenset(re.findall(r"\d+", p.prompt)))
     held_out, rng = task.held_out(), random.Random(0)
-    assert not {unordered(p) for p in held_out} & {unordered(task.sample(rng)) for _ in range(50000)}
+    trained_on = {unordered(task.sample(rng)) for _ in range(50000)}
+    assert trained_on.isdisjoint(map(unordered, held_out))
     assert Counter(p.kind for p in held_out) == {f"{op}{n}": 40 for op in "+-*/" for n in (1, 2, 3)}
     assert held_out == arithmetic.Task().held_out()
 
@@ -390,8 +396,8 @@ def test_every_digit_is_a_token_and_an_unknown_character_is_named():
     text = "347+585=<think>7+5+0=12</think>932<end>"
     assert len(tokenizer.encode(text)) == len(text) - len("<think></think><end>") + 3
     assert tokenizer.decode(tokenizer.encode(text)) == text and tokenizer.end != tokenizer.pad
-    for wrong in "é", "٣", "x", "<":
-        with pytest.raises(ValueError, match=wrong):
+    for wrong in "é", "٣", "x", "<", "<p<end>ad>", "<thi<end>nk>":
+        with pytest.raises(ValueError, match=wrong[0]):
             tokenizer.encode("3" + wrong)
 
 # ------------------------------------------------------------------------------- the whole job
@@ -427,6 +433,8 @@ def test_a_run_that_was_interrupted_and_resumed_equals_one_that_was_not(train, m
     assert train("--resume", "--out", "parts", "--lr", "0.1") == 2      # not the same run
     assert train("--resume", "--out", "parts") == 0
     assert metrics("parts") == metrics("whole")
+    assert train("--resume", "--out", "parts") == 2         # nothing left to do
+    assert train("--resume", "--out", "parts", "--steps", "7") == 0 and len(metrics("parts")) == 7
     assert {"config.json", "metrics.csv", "summary.json", "samples.txt", "checkpoint.pt",
             "curves.png"} == {path.name for path in Path("parts").iterdir()}
 
@@ -448,13 +456,21 @@ def bad_values():
             yield f"--{field.name}", "-7" if field.type is not str else "nothing"
             yield f"--{field.name}", "nan" if field.type is not str else ""
     yield from (("--nothing",), ("--d_model", "30"), ("--max_new_tokens", "3"), ("--steps", "1.5"),
-                ("--resume",), ("--ask", "1+1="), ("--eval_only",), ("--ste", "5"))
+                ("--resume",), ("--ask", "1+1="), ("--eval_only",), ("--ste", "5"), ("--fresh=1",),
+                ("--task", "tokenizer"), ("--seed", "9" * 400), ("--out", "."), ("--out", "full/x"),
+                ("--device", "cuda"), ("--resume", "--out", "broken"))
 
 @pytest.mark.parametrize("arguments", [*bad_values()], ids=" ".join)
 def test_bad_input_gets_one_line_and_exit_code_2(train, capsys, arguments):
+    Path("full").write_text("not a folder")
+    Path("broken").mkdir()
+    torch.save({"model": 1}, "broken/checkpoint.pt")
+    if arguments == ("--device", "cuda") and torch.cuda.is_available():
+        pytest.skip("it is no bad input here")
     assert train(*arguments) == 2
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and (arguments[0] in error or "run" in error or "30" in error)
+    named = arguments[0].split("=")[0] in error or arguments[-1] in error or "run in out/" in error
+    assert error.count("\n") == 1 and named and not Path("out").exists()
 
 def test_the_task_in_the_readme_runs(tmp_path):
     here = Path(__file__).parent

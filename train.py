@@ -45,13 +45,13 @@ class Config:
     task: str = option("arithmetic", "module in data/ that holds the class Task")
     seed: int = option(0, "same seed and threads, same run", 0)
     # The model: a third of a million parameters learn this task in minutes on two cores.
-    n_layer: int = option(3, "layers", 1)
-    d_model: int = option(64, "width between the layers", 2)
+    n_layer: int = option(3, "layers", 1, 4096)
+    d_model: int = option(64, "width between the layers", 2, 4096)
     n_head: int = option(4, "query heads", 1)
     n_kv_head: int = option(2, "key/value heads, each for n_head / n_kv_head query heads", 1)
     n_expert: int = option(8, "experts in a layer", 1)
     n_active: int = option(2, "experts that a token uses", 1)
-    d_expert: int = option(64, "inner width of an expert", 1)
+    d_expert: int = option(64, "inner width of an expert", 1, 4096)
     # Cold start.
     cold_steps: int = option(4500, "steps of imitation: until the thinking is mostly right", 1)
     cold_lr: float = option(6e-3, "peak learning rate; so small a model bears a high one", 0, 1)
@@ -82,15 +82,16 @@ class Config:
 # The paper's 3e-4 and 4e-4 belong to responses of thousands of tokens. In one of 30 tokens a single
 # token moves the mean log-ratio far more, and so narrow a range would clip almost half of all.
 CLIP = gspo.CLIP | {"gspo": (3e-3, 4e-3), "gspo_token": (3e-3, 4e-3)}
+MAX_PROMPT = 64     # tokens
 MAY_CHANGE = ("steps", "eval_every", "save_every", "device", "threads", "out")      # on --resume
 
 
 # ---------------------------------------------------------------------------- the command line
 
 def task_class(name):
-    if not (Path(__file__).parent / "data" / f"{name}.py").exists():
-        fail(f"argument --task: {name!r} is unknown; write data/{name}.py with a class Task")
-    return importlib.import_module(f"data.{name}").Task
+    exists = name.isidentifier() and (Path(__file__).parent / "data" / f"{name}.py").exists()
+    Task = getattr(importlib.import_module(f"data.{name}"), "Task", None) if exists else None
+    return Task or fail(f"argument --task: {name!r} is none; write data/NAME.py with a class Task")
 
 
 def parse(argv):
@@ -100,19 +101,20 @@ def parse(argv):
     Task = task_class(first.parse_known_args(argv)[0].task)     # the task has options of its own
     parser = Parser(description=__doc__, allow_abbrev=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    todo = parser.add_argument_group("what to do, other than the whole job")
-    todo.add_argument("--ask", metavar="PROMPT", help="answer with the model of the last run")
-    todo.add_argument("--eval_only", action="store_true", help="evaluate the model of the last run")
-    todo.add_argument("--resume", action="store_true", help="go on with the last run")
-    todo.add_argument("--fresh", action="store_true", help="do not use the cached cold start")
-    parser.add_fields("options", dataclasses.fields(Config))
+    todo = parser.add_argument_group("with the last run in out/, or the one in --out")
+    todo = todo.add_mutually_exclusive_group()
+    todo.add_argument("--ask", metavar="PROMPT", help="let the model answer")
+    todo.add_argument("--eval_only", action="store_true", help="evaluate the model")
+    todo.add_argument("--resume", action="store_true", help="go on with RL")
+    parser.add_argument("--fresh", action="store_true", help="make the cold start, cached or not")
+    parser.add_fields("options of a run", dataclasses.fields(Config))
     parser.add_fields(f"options of the task {Task.__module__}", dataclasses.fields(Task))
     given = vars(parser.parse_args(argv))
     todo = {key: given.pop(key) for key in ("ask", "eval_only", "resume", "fresh")}
     state = None
     if todo["ask"] is not None or todo["eval_only"] or todo["resume"]:
         given["out"] = given.get("out") or report.last_run()
-        state = report.load(Path(given["out"]) / "checkpoint.pt")
+        state = report.load(Path(given["out"]) / "checkpoint.pt", "name another run with --out")
         for key, value in given.items():
             if key not in MAY_CHANGE and value != state["options"].get(key):
                 fail(f"argument --{key}: this run has {state['options'].get(key)}, which only a "
@@ -127,8 +129,10 @@ def parse(argv):
             setattr(config, name, default)
     config.out = config.out or next(f"out/run-{i}" for i in itertools.count(1)
                                     if not Path(f"out/run-{i}").exists())
-    if state is None and (Path(config.out) / "checkpoint.pt").exists():
-        fail(f"argument --out: {config.out} holds a run; --resume it or name another folder")
+    if state is None and Path(config.out).exists() and any(Path(config.out).iterdir()):
+        fail(f"argument --out: {config.out} is not empty; --resume it or name another folder")
+    if todo["resume"] and config.steps <= state["step"]:
+        fail(f"argument --steps: {config.out} has made {state['step']} already; ask for more")
     return config, task, todo, state
 
 
@@ -145,7 +149,7 @@ def cold_start(config, task, tokenizer, model, fresh):
     made_of = repr((relevant, task, sources, tokenizer.tokens, torch.__version__, device.type))
     path = Path("out") / f"cold-{hashlib.sha256(made_of.encode()).hexdigest()[:12]}.pt"
     if path.exists() and not fresh:
-        kept = report.load(path)
+        kept = report.load(path, "--fresh makes it again")
         model.load_state_dict(kept["model"])
         print(f"1 cold start: taken from {path} (--fresh makes it again)")
         return kept["seconds"]
@@ -153,15 +157,15 @@ def cold_start(config, task, tokenizer, model, fresh):
     print(f"1 cold start: {config.cold_steps} steps of imitation")
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.05)
     began = time.time()
-    batches = demonstrations.batches(task, tokenizer, config.seed, config.cold_tokens,
-                                     config.max_new_tokens)
+    batches = demonstrations.batches(task, tokenizer, config.seed, config.cold_tokens)
     for step in range(1, config.cold_steps + 1):
         for group in optimizer.param_groups:        # 50 steps up, then down to 0
             group["lr"] = config.cold_lr * min(step / 50, 1 - (step - 1) / config.cold_steps)
         tokens, keep, target = demonstrations.collate(next(batches), device)
         out = model(tokens, keep=keep)                                      # logits (M, V)
-        # The sum over a constant: a mean would give a token more weight in a batch of short rows.
-        loss = F.cross_entropy(out.logits, target, reduction="sum") / config.cold_tokens
+        total = F.cross_entropy(out.logits, target, reduction="sum")        # nats
+        # Over a constant, not over M: a token weighs the same in every batch.
+        loss = total / config.cold_tokens
         optimizer.zero_grad()
         (loss + config.balance * out.balance_loss).backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
@@ -171,7 +175,8 @@ def cold_start(config, task, tokenizer, model, fresh):
         optimizer.step()
         if step % 100 == 0 or step == config.cold_steps:
             left = (time.time() - began) / step * (config.cold_steps - step)
-            print(f"  step {step:5}   loss {loss:.3f}   {report.clock(left)} left", flush=True)
+            print(f"  step {step:5}   loss {total / len(target):.3f} nats a token   "
+                  f"{report.clock(left)} left", flush=True)
     seconds = time.time() - began
     report.save(path, {"model": model.state_dict(), "seconds": seconds})
     return seconds
@@ -191,7 +196,7 @@ def respond(config, task, tokenizer, model, problems, n, generator=None):
     for i, length in enumerate(rollout.lengths.tolist()):
         problem, row = problems[i // n], rollout.tokens[i, :length].tolist()
         text = tokenizer.decode(row[:-1]) if row[-1] == tokenizer.end else None
-        scored.append((problem, text, 0.0 if text is None else task.reward(problem, text)))
+        scored.append((problem, text, 0.0 if text is None else float(task.reward(problem, text))))
     return rollout, scored
 
 
@@ -230,17 +235,17 @@ def evaluate(config, task, tokenizer, model):
 # ---------------------------------------------------------------------------- 3 RL
 
 def rl_step(config, task, tokenizer, model, optimizer, step):
-    """Sample, reward, advantages, update -> the step's row of metrics.csv."""
+    """GSPO's six steps -> the row of metrics.csv."""
     began, rng = time.time(), random.Random(f"{config.seed} rl {step}")
     P, G = config.prompts, config.group_size
-    # Sample G responses to each of P problems, and reward them.
+    # 1 sample G responses to each of P problems, 2 reward them
     problems = [task.sample(rng) for _ in range(P)]
     rollout, scored = respond(config, task, tokenizer, model, problems, G,
                               torch.Generator().manual_seed(rng.getrandbits(63)))
     rewards = torch.tensor([reward for _, _, reward in scored]).view(P, G)
-    # Advantages: how good is a response beside its siblings?
+    # 3 advantages: how good is a response beside its siblings?
     advantages = gspo.group_advantages(rewards.to(rollout.logp.device), config.scale)   # (P, G)
-    # Update: `mini_batches` optimiser steps on this rollout.
+    # 4 ratio, 5 clip and 6 update: `mini_batches` times, each with its own groups
     logp_old = gspo.rescore(model, rollout, config.temperature) \
         if config.recompute_logp_old else rollout.logp
     parts = gspo.update(model, optimizer, rollout, advantages, config.algorithm, config.clip_low,
@@ -297,51 +302,50 @@ def reinforce(config, task, tokenizer, model, state, folder):
         if interrupted and step < config.steps:
             print(f"stopped; to go on: python train.py --resume --out {folder}")
             sys.exit(130)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 # ---------------------------------------------------------------------------- the whole job
 
-def begin(config, task, tokenizer, model, folder, fresh):
-    """Stages 1 and 2 -> the state of a run, which is what a checkpoint holds."""
-    options = dataclasses.asdict(config) | dataclasses.asdict(task)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(options, indent=2) + "\n")
+def begin(config, task, tokenizer, model, fresh):
+    """Stages 1 and 2 -> the state of a new run, which is what a checkpoint holds."""
     seconds, began = cold_start(config, task, tokenizer, model, fresh), time.time()
     print("2 evaluate: what imitation has reached")
     evaluation, scored = evaluate(config, task, tokenizer, model)
-    report.show(evaluation, scored, folder / "samples.txt", "after the cold start")
+    report.show(evaluation, scored, Path(config.out) / "samples.txt", "after the cold start")
     rng = random.Random("the teacher")
     teacher = mean(task.reward(problem, task.demonstrate(problem, rng))
                    for problem in test_problems(task) for _ in range(10))
-    return {"options": options, "step": 0, "seconds_rl": 0.0, "cold_start": evaluation,
-            "evaluation": evaluation, "accuracy_teacher": teacher,
-            "seconds_cold_start": seconds, "seconds_before_rl": seconds + time.time() - began}
+    return {"step": 0, "seconds_rl": 0.0, "cold_start": evaluation, "evaluation": evaluation,
+            "accuracy_teacher": teacher, "seconds_cold_start": seconds,
+            "seconds_before_rl": seconds + time.time() - began}
 
 
-def run(argv):
-    config, task, todo, state = parse(argv)
+def build(config, task, state):
+    """The tokenizer and the model, which takes up the weights of `state` if there is one."""
     torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
-    tokenizer = Tokenizer()
     devices = ["cpu"] + ["mps"] * torch.backends.mps.is_available() + \
         ["cuda"] * torch.cuda.is_available()
     device = devices[-1] if config.device == "auto" else config.device
     if device not in devices:
         fail(f"argument --device: there is no {device} here; choose from {', '.join(devices)}")
+    tokenizer = Tokenizer()
+    demonstrations.check(task, tokenizer, MAX_PROMPT, config.max_new_tokens)
     sizes = {name: getattr(config, name) for name in vars(config) if name.startswith(("n_", "d_"))}
     model = moe.MoETransformer(moe.MoEConfig(
-        tokenizer.size, max_length=64 + config.max_new_tokens, **sizes)).to(device)
+        tokenizer.size, max_length=MAX_PROMPT + config.max_new_tokens, **sizes)).to(device)
     if state:
         model.load_state_dict(state["model"])
-    if todo["ask"] is not None:
-        prompt = tokenizer.encode(todo["ask"])
-        rollout = moe.generate(model, [prompt], 1, config.max_new_tokens, eos_id=tokenizer.end,
-                               pad_id=tokenizer.pad, greedy=True)
-        return print(todo["ask"] + tokenizer.decode(rollout.tokens[0].tolist()))
-    if todo["eval_only"]:
-        return report.show(*evaluate(config, task, tokenizer, model))
+    return tokenizer, model
+
+
+def run(config, task, todo, state, tokenizer, model):
+    """The whole job, or what is left of it."""
     folder = Path(config.out)
-    state = state or begin(config, task, tokenizer, model, folder, todo["fresh"])
+    state = state or begin(config, task, tokenizer, model, todo["fresh"])
+    state["options"] = dataclasses.asdict(config) | dataclasses.asdict(task)
+    (folder / "config.json").write_text(json.dumps(state["options"], indent=2) + "\n")
     print(f"3 RL: {config.algorithm}, steps {state['step'] + 1} to {config.steps}, in {folder}")
     reinforce(config, task, tokenizer, model, state, folder)
     report.finish(config, state, folder)
@@ -349,10 +353,21 @@ def run(argv):
 
 def main(argv=None):
     try:
-        run(argv)
-    except ValueError as error:     # raised where bad input is noticed, such as impossible sizes
-        fail(error)
-    except KeyboardInterrupt:       # before RL there is nothing to lose but the cold start
+        config, task, todo, state = parse(argv)
+        tokenizer, model = build(config, task, state)
+        if todo["ask"] is not None:
+            rollout = moe.generate(model, [tokenizer.encode(todo["ask"])], 1, config.max_new_tokens,
+                                   eos_id=tokenizer.end, pad_id=tokenizer.pad, greedy=True)
+            return print(todo["ask"] + tokenizer.decode(rollout.tokens[0].tolist()))
+        Path(config.out).mkdir(parents=True, exist_ok=True)
+    except (ValueError, OSError, RuntimeError, TypeError) as error:     # nothing has begun yet
+        fail(" ".join(f"{error}".split()))
+    if todo["eval_only"]:
+        return report.show(*evaluate(config, task, tokenizer, model))
+    try:
+        run(config, task, todo, state, tokenizer, model)
+    except KeyboardInterrupt:
+        print("stopped at once; --resume goes on from the last checkpoint, if this run has one yet")
         sys.exit(130)
 
 

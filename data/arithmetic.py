@@ -8,9 +8,9 @@
     -  low digit first     10 + digit - digit - borrow = difference      12-5-0=7,14-8-1=5
                            (below 10: the next digit lends)
     *  low digit first     digit * factor = product + carry = sum        7*6=42+0=42,4*6=24+4=28
-    /  high digit first    rest and digit / divisor = digit * divisor    8/6=1*6=6,8-6=2,
-                           = product, and the last digits' difference,   24/6=4*6=24,4-4=0
-                           which is the next rest
+    /  high digit first    rest,digit / divisor = quotient * divisor     8/6=1*6=6,8-6=2,
+                           = product; the next rest is the difference    24/6=4*6=24,4-4=0
+                           of the last digits, because it is below 10
 
 Steps are cut so small that each is a fact of two or three digits which other problems have, too.
 
@@ -72,7 +72,7 @@ def work(op, a, b, slip):
             top = 10 * carry + int(digit)
             quotient = slip(min(top // b, 9), 10)       # above 9 only after a slip
             product = quotient * b
-            carry = (top - product) % 10                # the rest is below 10: last digits do
+            carry = (top - product) % 10
             steps.append(f"{top}/{b}={quotient}*{b}={product},{top % 10}-{product % 10}={carry}")
             result += str(quotient)
         return steps, int(result)
@@ -115,7 +115,8 @@ class Task:
     def held_out(self, per_kind=40):
         """The fixed test set: as many problems of every operation and number of digits.
 
-        Of one-digit problems there are few, so that some stand in it more than once."""
+        There are few one-digit problems to hold out (4 subtractions, 8 divisions), so that each
+        of them stands in it several times."""
         rng = random.Random("held out")
         return [random_problem(op, digits, rng, held_out=True) for op in OPERATIONS
                 for digits in range(1, self.max_digits + 1) for _ in range(per_kind)]
@@ -143,9 +144,10 @@ class Task:
 
         Any text gets a number in one pass: text is compared with text, nothing is evaluated."""
         thinking, closed, answer = response.rpartition("</think>")
-        if closed:
-            thinking = thinking.removeprefix("<think>") if thinking.startswith("<think>") else "<"
-        return float("<" not in thinking and answer == problem.answer)
+        if closed and not thinking.startswith("<think>"):
+            return 0.0
+        nested = "<" in thinking.removeprefix("<think>")
+        return float(answer == problem.answer and not nested)
 
 
 def main():

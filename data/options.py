@@ -1,7 +1,6 @@
 """Options: the fields of a dataclass explain themselves, and the command line is made of them."""
 import argparse
 import dataclasses
-import math
 import sys
 
 
@@ -26,7 +25,8 @@ class Parser(argparse.ArgumentParser):
         group = self.add_argument_group(title)
         for field in fields:
             info = {"help": "", "low": None, "high": None, "choices": None} | field.metadata
-            default = "" if field.default in (None, False) else f" (default: {field.default})"
+            unsaid = field.default is None or field.default is False
+            default = "" if unsaid else f" (default: {field.default})"
             kind = {"action": "store_true"} if field.type is bool else {
                 "type": in_range(field.type, info["low"], info["high"]),
                 "choices": info["choices"],
@@ -36,13 +36,13 @@ class Parser(argparse.ArgumentParser):
 
 
 def in_range(kind, low, high):
-    """Text -> a finite value of that kind from `low` to `high`, or argparse's error."""
+    """Text -> a value of that kind from `low` to `high`, or argparse's error."""
+    low, high = -1e9 if low is None else low, 1e9 if high is None else high
+
     def convert(text):
         value = kind(text)
-        if kind is not str and not (math.isfinite(value) and (low is None or low <= value)
-                                    and (high is None or value <= high)):
-            limits = f"at least {low}" if high is None else f"from {low} to {high}"
-            raise argparse.ArgumentTypeError(f"{text} is out of range, it can be {limits}")
+        if kind is not str and not low <= value <= high:        # NaN is not, either
+            raise argparse.ArgumentTypeError(f"{text[:20]} is not from {low} to {high}")
         return value
     convert.__name__ = kind.__name__        # argparse shows it: "invalid int value: 'x'"
     return convert

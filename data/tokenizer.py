@@ -5,6 +5,7 @@ as `<think>`, is a special token and any other is a single character, so every d
 its own, as in Qwen. `<end>` closes a response; `<pad>` only fills rows, so that the end of a
 response is never mistaken for padding and is learned like any other token.
 """
+import re
 from pathlib import Path
 
 import tiktoken
@@ -19,14 +20,12 @@ class Tokenizer:
                                           special_tokens=special)
         self.end, self.pad, self.size = special["<end>"], special["<pad>"], len(lines)
         self.known, self.tokens = {t for t in lines if len(t) == 1}, lines
+        self.special = "|".join(map(re.escape, special))
 
     def encode(self, text):
         """Text -> list of ids. ValueError, naming the character, if one has no token."""
-        bare = text
-        for token in self.encoding.special_tokens_set:
-            bare = bare.replace(token, "")
         # Checked first, because tiktoken panics on a byte that it does not know.
-        for character in bare:
+        for character in re.sub(self.special, "", text):
             if character not in self.known:
                 raise ValueError(f"{character!r} in {text!r} is not in the vocabulary; "
                                  f"use {' '.join(sorted(self.known))}")

@@ -1,7 +1,7 @@
 """Run several settings with several seeds; results/runs.csv gets a row for every run.
 
     python results/compare.py                  run what is missing, 2 to 8 minutes a run, then:
-    python results/compare.py --table          print runs.csv, mean and standard deviation over seeds
+    python results/compare.py --table          print runs.csv: mean and standard deviation
 
 A seed's cold start is made once and shared by the settings, so that they differ in nothing but what
 their row says. They are compared by their first 200 RL steps; the main job goes on to its end.
@@ -23,7 +23,8 @@ SETTINGS = {
 }
 SEEDS = range(5)
 TABLE = Path(__file__).parent / "runs.csv"
-MEANS = ["reward", "clip_low", "clip_high", "log_s_std", "log_w_std", "outliers", "kl", "expert_change"]
+MEANS = ["reward", "clip_low", "clip_high", "log_s_std", "log_w_std", "outliers", "kl",
+         "expert_change"]
 
 
 def shell(*command):

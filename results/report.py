@@ -25,15 +25,16 @@ def save(path, content):
     os.replace(f"{path}.part", path)
 
 
-def load(path):
+def load(path, remedy):
     """What `save` wrote: tensors and plain data, never code. ValueError if it cannot be read."""
     if not path.exists():
-        raise ValueError(f"there is no {path}; the first is written after the cold start")
+        raise ValueError(f"there is no {path}; {remedy}")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        content["model"].items()        # whatever is saved here has weights
+        return content
     except Exception as error:      # whatever a damaged file leads to
-        raise ValueError(f"{path} cannot be read ({type(error).__name__}); name another run with "
-                         "--out, or begin a new one with --fresh") from error
+        raise ValueError(f"{path} cannot be read ({type(error).__name__}); {remedy}") from error
 
 
 def last_run():
@@ -50,14 +51,16 @@ def clock(seconds):
 def metrics_writer(path, step):
     """metrics.csv, open for more rows. A resumed run keeps the rows up to its checkpoint's step."""
     rows = []
-    if step > 0 and path.exists():
+    if path.exists():
         with open(path, newline="") as file:
             rows = [row for row in csv.DictReader(file) if int(row["step"]) <= step]
-    file = open(path, "w", newline="", buffering=1)     # written line by line, for who looks on
-    writer = csv.DictWriter(file, COLUMNS)
-    writer.writeheader()
-    writer.writerows(rows)
-    return writer
+    with open(f"{path}.part", "w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
+    os.replace(f"{path}.part", path)
+    file = open(path, "a", newline="", buffering=1)     # line by line, for who looks on
+    return csv.DictWriter(file, COLUMNS)
 
 
 def print_row(row, accuracy, left):
@@ -123,7 +126,7 @@ def peak_memory_mib():
 
 # Panel title -> columns of metrics.csv
 PANELS = {
-    "reward (thin: per step) and held-out accuracy": ("reward", "accuracy"),
+    "reward and held-out accuracy": ("reward", "accuracy"),
     "share that thinks": ("think",),
     "length of a response, tokens": ("length",),
     "share of tokens clipped": ("clip_low", "clip_high"),
@@ -135,17 +138,20 @@ PANELS = {
 
 
 def curves(folder):
-    """metrics.csv -> curves.png, and its path. ImportError without matplotlib."""
+    """metrics.csv and summary.json -> curves.png, and its path. ImportError without matplotlib."""
     import matplotlib
     matplotlib.use("Agg")       # no window, no display needed
     from matplotlib import pyplot as plt
     with open(Path(folder) / "metrics.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    config = json.loads((Path(folder) / "config.json").read_text())
+    config, summary = (json.loads((Path(folder) / f"{name}.json").read_text())
+                       for name in ("config", "summary"))
+    # Accuracy has no row of its own before the first step; the teacher's is the ceiling to pass.
+    rows.insert(0, {"step": 0, "accuracy": summary["accuracy_cold_start"]})
     figure, axes = plt.subplots(2, 4, figsize=(16, 6.5), layout="constrained")
     for axis, (title, columns) in zip(axes.flat, PANELS.items()):
         for column in columns:
-            points = [(int(row["step"]), float(row[column])) for row in rows if row[column]]
+            points = [(int(row["step"]), float(row[column])) for row in rows if row.get(column)]
             sparse = column == "accuracy"
             axis.plot(*zip(*points) if points else ([], []), "o-" if sparse else "-",
                       lw=2 if sparse else 0.9, label=column)
@@ -153,6 +159,8 @@ def curves(folder):
         axis.set_xlabel("RL step")
         axis.grid(alpha=0.3)
         axis.set_ylim(bottom=0)
+        if "accuracy" in columns:
+            axis.axhline(summary["accuracy_teacher"], color="gray", ls="--", label="the teacher")
         if len(columns) > 1:
             axis.legend(fontsize=8)
     figure.suptitle(f"{config['algorithm']}, seed {config['seed']}")
@@ -182,4 +190,4 @@ def finish(config, state, folder):
 
 
 if __name__ == "__main__":
-    print(curves(sys.argv[1]))
+    print(curves(sys.argv[1]) if len(sys.argv) == 2 else __doc__)
