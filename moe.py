@@ -165,8 +165,7 @@ class Layer(nn.Module):
 
 
 class MoETransformer(nn.Module):
-    """tokens (B, T) -> Output. Rows are padded on the right; padding changes nothing elsewhere,
-    but balance_loss counts it like any token.
+    """tokens (B, T) -> Output. Padding, on the right, changes nothing elsewhere but balance_loss.
     routes (L, B, T, K)   experts to activate instead of the router's own choice (replay)
     keep (B, T)           True at the M positions whose logits are wanted
     positions (B, T)      with `cache`, a KVCache that holds the earlier positions of each row
@@ -271,8 +270,7 @@ def generate(model, prompts, group_size, max_new_tokens, temperature=1.0, eos_id
     luck = torch.rand(B, T, generator=generator).to(device)             # (B, T)
     tokens = torch.full((B, T), pad_id, device=device)
     logp = torch.zeros(B, T, device=device)
-    # In padding the first K experts stand: replay needs any K that differ.
-    routes = torch.arange(config.n_active, dtype=torch.uint8, device=device)
+    routes = torch.arange(config.n_active, dtype=torch.uint8, device=device)    # in padding: any K
     routes = routes.repeat(config.n_layer, B, S, 1)                     # (L, B, S, K)
 
     # The prompts run once each, then their cache is copied to all G rows of the group.

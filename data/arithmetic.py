@@ -12,7 +12,7 @@
                            = product; the next rest is the difference    24/6=4*6=24,4-4=0
                            of the last digits, because it is below 10
 
-Steps are cut so small that each is a fact of two or three digits which other problems have, too.
+Steps are cut so small that each is a fact of a few digits which nearly always other problems share.
 
 The teacher thinks in a part of its demonstrations, slips at a step now and then (the slip is
 carried on to the answer) and answers at once with a guess that may be wrong. Whoever imitates it
