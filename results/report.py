@@ -107,8 +107,8 @@ def show(result, scored, path=None, title=""):
 def summary_lines(s, algorithm):
     """summary.json in words."""
     yield f"The teacher is right {s['accuracy_teacher']:.1%} of the time."
-    yield (f"Imitating it, the model was right {s['accuracy_cold_start']:.1%} of the time on "
-           f"problems it had never seen; it thought in {s['think_share_cold_start']:.0%} of them.")
+    yield (f"Imitating it, the model was right {s['accuracy_cold_start']:.1%} of the time on test "
+           f"problems; it thought in {s['think_share_cold_start']:.0%} of its responses.")
     yield (f"{s['steps']} steps of RL with {algorithm} took it to {s['accuracy']:.1%} "
            f"({s['accuracy_greedy']:.1%} greedy), thinking in {s['think_share']:.0%}.")
     yield (f"That took {clock(s['seconds'])} minutes, {clock(s['seconds_cold_start'])} of them the "
