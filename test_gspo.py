@@ -271,6 +271,7 @@ def test_sampled_log_probs_and_routes_are_those_of_scoring(temperature):
         assert_close(torch.stack((logp, r.logp[row]))[:, r.mask[row]],
                      torch.stack((expected, expected)), atol=1e-5, rtol=0)
     assert change.sum() == 0
+    assert_close(gspo.rescore(model, r, temperature, 20), r.logp, atol=1e-5, rtol=0)
 
 def test_a_response_ends_with_the_end_token_or_is_cut():
     r = sample(tiny(), G=20)
