@@ -1,4 +1,4 @@
-"""Group Sequence Policy Optimization (GSPO, arXiv 2507.18071) and, beside it, GRPO (2402.03300).
+"""Group Sequence Policy Optimization (GSPO, arXiv 2507.18071) and its relatives, one flag apart.
 
 For one question x the old policy writes a group of G responses y_1 .. y_G; a rule gives each a
 reward r_i. A_i = (r_i - mean(r)) / std(r) says how much better y_i is than its siblings (Eq. 6).
@@ -16,23 +16,24 @@ token of y_i gets the weight s_i A_i / |y_i| (Eq. 10), or its own, w_it A_i / |y
 log-ratio of a token jumps, say because other experts worked on it, log s_i moves by a |y_i|-th of
 that jump.
 
-    GSPO-token (Eq. 13-14) is GSPO when A is the same for all tokens of a response, in value and in
-    gradient, and takes a different A_it for every token where that is wanted.
-
-What is left out: the KL term to a reference model (the paper omits it as well) and a value network
-(the group's mean is the baseline).
+The relatives change the ratio, the clip, how the tokens' terms are added up, or the advantages. The
+table ALGORITHMS has a row for each of them.
 
 Three steps: group_advantages -> policy_loss (a pure function of tensors) -> update.
-Letters: P prompts, G group size, B = P*G responses, T tokens; b rows and M response tokens of a
-micro-batch, which is as much of a mini-batch as is computed at once.
+Letters: P prompts, G group size, B = P*G responses, T tokens, L layers, E experts, K active, D
+width; b rows and M response tokens of a micro-batch, as much as is computed at once.
 """
-import torch
+from dataclasses import replace
+from math import isfinite
+from typing import Callable, NamedTuple
 
-# Paper, section 5.1: the two kinds of ratio live on scales three orders of magnitude apart.
-CLIP = {"gspo": (3e-4, 4e-4), "gspo_token": (3e-4, 4e-4), "grpo": (0.2, 0.27)}
-# exp(20) is finite in fp32; unbounded, inf * 0 would be a NaN gradient. Past it, where no healthy
-# run ever comes, gspo and grpo have no gradient and gspo_token has that of the bound.
+import torch
+from torch.nn.functional import one_hot
+
+# exp(20) is finite in fp32; unbounded, inf * 0 would be a NaN gradient. No healthy run comes near.
 MAX_LOG_RATIO = 20.0
+SAPO_TAU = 1.0, 1.05        # for A > 0 and for A < 0: the second falls off a little faster
+VALUE_CLIP, VALUE_COEF = 0.2, 0.1       # PPO: how far a value may move; weight of its loss
 
 
 def group_advantages(rewards, scale="std"):
@@ -53,68 +54,207 @@ def group_advantages(rewards, scale="std"):
     return torch.where(differ, centred, 0.0)     # exact: rounding could leave 1e-8 / 1e-8
 
 
-def policy_loss(algorithm, logp, logp_old, advantages, mask, clip_low, clip_high):
-    """The loss to minimise, and what there is to know about the ratios. A pure function of tensors.
+def overlong_penalty(lengths, longest, margin):
+    """What DAPO (2503.14476, Eq. 13) adds to the reward: 0 for responses up to `longest - margin`
+    tokens, then less with every token, -1 from `longest` on. No `margin`, no penalty."""
+    return ((longest - margin - lengths) / margin).clamp(-1, 0) if margin else 0.0 * lengths
 
-    logp (B, T)        log-probs of the response tokens under the policy being trained
-    logp_old (B, T)    the same under the policy that sampled them
-    advantages (B,)    one per response; (B, T), one per token, for gspo_token and grpo
-    mask (B, T)        True for response tokens, the end token included; what stands elsewhere,
-                       be it NaN, is ignored. A row without any token is worth 0 but counts in B.
-    Returns the loss (scalar) and a dict of floats (see `ratio_stats`)."""
-    if algorithm not in CLIP:
-        raise ValueError(f"algorithm is {algorithm!r}; it can be one of {', '.join(CLIP)}")
-    if algorithm == "gspo" and advantages.dim() == 2:
-        raise ValueError("gspo has one advantage per response, (B,); gspo_token takes (B, T)")
+
+# ---------------------------------------------------------------------------- the objectives
+
+class Ratios(NamedTuple):
+    """What an objective is made of; all (B, T), 0 outside the responses."""
+    logp: torch.Tensor          # under the policy being trained: where all gradient comes from
+    log_w: torch.Tensor         # logp - logp_old, the log of Eq. 3
+    log_s: torch.Tensor         # its mean over the response, the log of Eq. 7, at every token
+    mask: torch.Tensor
+
+
+def response_mean(x, mask):
+    """Mean over each response of x (B, T), 0 outside the mask; the result stands at every token."""
+    return (x.sum(dim=1) / mask.sum(dim=1).clamp(min=1))[:, None].expand_as(x)
+
+
+def ratios(logp, logp_old, mask):
     # 3e-4 is below the resolution of bf16 at 1 (8e-3): ratios need fp32 at the least.
     dtype = torch.promote_types(logp.dtype, torch.float32)
     logp, logp_old = (torch.where(mask, x, 0).to(dtype) for x in (logp, logp_old.detach()))
-    A = advantages.detach().to(dtype)
-    A = torch.where(mask, A if A.dim() == 2 else A[:, None], 0)            # (B, T)
-    n = mask.sum(dim=1).clamp(min=1)                                       # (B,) = |y_i|
-
-    log_w = logp - logp_old                                                # (B, T)
+    log_w = logp - logp_old
     # Bounded after the mean, not before: a bound on single tokens would change s.
-    log_s = (log_w.sum(dim=1) / n).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)    # (B,)  log of Eq. 7
-    log_s = log_s[:, None].expand_as(log_w)                                # (B, T)
+    log_s = response_mean(log_w, mask)
+    bound = lambda x: x.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    return Ratios(logp, bound(log_w), bound(log_s), mask)
 
-    if algorithm == "gspo":
-        ratio = log_s.exp()                                                # Eq. 7, same for all t
-    elif algorithm == "gspo_token":
-        # Eq. 14: worth s_i, with the gradient of the token alone. The bracket is exactly 0 and must
-        # be formed first: s_i is so near 1 that adding it to logp would round its news away.
-        ratio = ((logp - logp.detach()) + log_s.detach()).exp()
-    elif algorithm == "grpo":
-        ratio = log_w.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()           # Eq. 3
 
-    # The smaller of the two: past the clip range there is nothing more to gain, but a wrong move
-    # (A < 0 and the ratio up, A > 0 and the ratio down) is never clipped.
-    term = torch.minimum(ratio * A, ratio.clamp(1 - clip_low, 1 + clip_high) * A)      # (B, T)
-    objective = (torch.where(mask, term, 0).sum(dim=1) / n).mean()         # Eq. 5 / Eq. 2
+# Each gives a token's term of the objective and where the clip holds, (B, T) both. A is (B, T).
+
+def clip(ratio, A, low, high):
+    """The smaller of the two: past the clip range there is nothing more to gain, but a wrong move
+    (A < 0 and the ratio up, A > 0 and the ratio down) is never clipped."""
+    term = torch.minimum(ratio * A, ratio.clamp(1 - low, 1 + high) * A)
+    return term, torch.where(A > 0, ratio > 1 + high, ratio < 1 - low)
+
+
+def gspo(r, A, low, high):
+    return clip(r.log_s.exp(), A, low, high)                               # Eq. 5 and 7
+
+
+def gspo_token(r, A, low, high):
+    # Eq. 13-14: worth s_i, with the gradient of the token alone. The bracket is exactly 0 and must
+    # be formed first: s_i is so near 1 that adding it to logp would round its news away.
+    return clip(((r.logp - r.logp.detach()) + r.log_s.detach()).exp(), A, low, high)
+
+
+def grpo(r, A, low, high):
+    return clip(r.log_w.exp(), A, low, high)                               # Eq. 2 and 3
+
+
+def cispo(r, A, low, high):
+    # The weight is clipped, not the gradient: every token keeps one.
+    w = r.log_w.exp().detach()
+    return w.clamp(1 - low, 1 + high) * A * r.logp, (w < 1 - low) | (w > 1 + high)
+
+
+def gmpo(r, A, low, high):
+    # Tokens are clipped (in log w, on the side that A asks for), and then their geometric mean is
+    # taken. Without the clip this is GSPO.
+    log_w = torch.where(A > 0, r.log_w.clamp(max=high), r.log_w.clamp(min=-low))
+    return response_mean(log_w, r.mask).exp() * A, log_w != r.log_w
+
+
+def sapo(r, A, low, high):
+    # No clip but a gate: the gradient's weight, sech^2(tau/2 (w - 1)), falls from 1 to 0 smoothly.
+    tau = torch.where(A > 0, *A.new_tensor(SAPO_TAU))
+    return 4 / tau * torch.sigmoid(tau * (r.log_w.exp() - 1)) * A, torch.zeros_like(r.mask)
+
+
+def reinforce(r, A, low, high):
+    # No ratio: right for the policy that sampled, which is the first mini-batch's.
+    return r.logp * A, torch.zeros_like(r.mask)
+
+
+# What one token's term counts in the objective: lengths n (B,) of the responses, the longest length
+# L that there can be -> (B,). Names as in verl.
+seq_mean_token_mean = lambda n, L: 1 / (len(n) * n)                 # 1/B sum_i 1/|y_i| sum_t
+token_mean = lambda n, L: torch.ones_like(n) / n.sum()              # 1/sum_i |y_i|  sum_i sum_t
+seq_mean_token_sum = lambda n, L: torch.ones_like(n) / len(n)       # 1/B sum_i sum_t
+seq_mean_token_sum_norm = lambda n, L: torch.ones_like(n) / (len(n) * L)    # 1/(B L) sum_i sum_t
+
+
+class Algorithm(NamedTuple):
+    term: Callable      # a token's term
+    weight: Callable    # and how much it counts
+    clip: tuple         # low, high: the published range (its unit differs!), or none
+    scale: str | None   # of group_advantages; None for PPO, whose advantages come from a critic
+
+
+ALGORITHMS = {
+    "gspo": Algorithm(gspo, seq_mean_token_mean, (3e-4, 4e-4), "std"),              # 2507.18071
+    # For an advantage per token; with one per response it equals gspo in value and gradient.
+    "gspo_token": Algorithm(gspo_token, seq_mean_token_mean, (3e-4, 4e-4), "std"),  # 2507.18071
+    "grpo": Algorithm(grpo, seq_mean_token_mean, (0.2, 0.27), "std"),               # 2402.03300
+    "ppo": Algorithm(grpo, seq_mean_token_mean, (0.2, 0.2), None),                  # 1707.06347
+    # No std and no 1/|y|: both, it argues, are biases, to easy or hard questions and to length.
+    "dr_grpo": Algorithm(grpo, seq_mean_token_sum_norm, (0.2, 0.2), "none"),        # 2503.20783
+    # More room upwards, for rare tokens; long responses count more.
+    "dapo": Algorithm(grpo, token_mean, (0.2, 0.28), "std"),                        # 2503.14476
+    # Weights from 0 to 5: no lower bound, as in the paper; the upper one is TRL's.
+    "cispo": Algorithm(cispo, token_mean, (1.0, 4.0), "std"),                       # 2506.13585
+    "gmpo": Algorithm(gmpo, seq_mean_token_mean, (0.4, 0.4), "std"),                # 2507.20673
+    "sapo": Algorithm(sapo, seq_mean_token_mean, (None, None), "std"),              # 2511.20347
+    # GSPO times |y|: its 1/|y|, it argues, makes responses shrink.
+    "luspo": Algorithm(gspo, seq_mean_token_sum, (2e-3, 2.5e-3), "std"),            # 2602.05261
+    "reinforce": Algorithm(reinforce, seq_mean_token_mean, (None, None), "none"),
+}
+
+
+def policy_loss(algorithm, logp, logp_old, advantages, mask, clip_low, clip_high, weights=None):
+    """The loss to minimise, and the tokens that the clip holds. A pure function of tensors.
+
+    logp (B, T)        log-probs of the response tokens under the policy being trained
+    logp_old (B, T)    the same under the policy that sampled them
+    advantages (B,)    one per response; (B, T), one per token, for all but gspo and luspo
+    mask (B, T)        True for response tokens, the end token included; what stands elsewhere,
+                       be it NaN, is ignored. A row without any token is worth 0 but counts in B.
+    clip_low, clip_high   see ALGORITHMS; sapo and reinforce have none and ignore them
+    weights (B,)       what a token's term counts, if the rows are but a part of the mini-batch
+    Returns the loss, a scalar, and `clipped` (B, T): True where the clip removes the gradient (for
+    cispo: where it limits the weight)."""
+    if algorithm not in ALGORITHMS:
+        raise ValueError(f"algorithm is {algorithm!r}; it can be one of {', '.join(ALGORITHMS)}")
+    term_of, weight_of, _, _ = ALGORITHMS[algorithm]
+    if term_of is gspo and advantages.dim() == 2:
+        raise ValueError("gspo has one advantage per response, (B,); gspo_token takes (B, T)")
+    r = ratios(logp, logp_old, mask)                                       # (B, T) each
+    A = advantages.detach().to(r.logp.dtype)
+    A = torch.where(mask, A if A.dim() == 2 else A[:, None], 0)            # (B, T)
+    if weights is None:
+        weights = weight_of(mask.sum(dim=1).clamp(min=1).to(A.dtype), mask.shape[1])    # (B,)
+
     # For GSPO all terms of a response are equal, so their mean is the one term that Eq. 5 has.
-
-    with torch.no_grad():
-        low = mask & (A < 0) & (ratio < 1 - clip_low)                      # (B, T)
-        high = mask & (A > 0) & (ratio > 1 + clip_high)                    # (B, T)
-        stats = ratio_stats(log_w, log_s, low, high, mask)
-    return -objective, stats
+    term, clipped = term_of(r, A, clip_low, clip_high)                     # (B, T) each
+    objective = (torch.where(mask, term, 0).sum(dim=1) * weights).sum()
+    return -objective, clipped & (A != 0)
 
 
-def ratio_stats(log_w, log_s, low, high, mask):
-    """What the ratios look like; all arguments (B, T), all results floats. `update` asks about the
-    responses with A != 0, the only ones that it computes.
+def kl_loss(logp, logp_ref, mask, weights):
+    """KL(policy || reference) per token, by k3 = r - 1 - log r with r = pi_ref / pi: never negative
+    and, over tokens sampled from the policy, right on average. logp, logp_ref, mask (B, T)."""
+    log_r = -ratios(logp, logp_ref, mask).log_w
+    return ((log_r.expm1() - log_r).sum(dim=1) * weights).sum()
 
-    clip_low, clip_high          share of tokens whose gradient the clip removes (as in Fig. 2)
+
+# ---------------------------------------------------------------------------- PPO's critic
+
+class Critic(NamedTuple):
+    """What PPO has in place of a group: a learned guess, at every token, of the reward to come."""
+    head: torch.nn.Module       # the model's final hidden state (M, D) -> (M, 1)
+    values: torch.Tensor        # (B, T) its guesses before the update
+    returns: torch.Tensor       # (B, T) what it should have guessed
+
+
+def gae(rewards, values, gamma, lam):
+    """Generalised advantage estimation (1506.02438, Eq. 16) of rewards and values (B, T), both 0
+    after the end -> (B, T): the sum over l of (gamma lam)^l (r_t+l + gamma v_t+l+1 - v_t+l)."""
+    advantages, later, next_value = torch.zeros_like(values), 0.0, 0.0
+    for t in reversed(range(values.shape[1])):
+        later = rewards[:, t] + gamma * next_value - values[:, t] + gamma * lam * later
+        advantages[:, t], next_value = later, values[:, t]
+    return advantages
+
+
+def ppo_advantages(rollout, head, values, rewards, gamma, lam):
+    """Rewards (B,), earned by the last tokens, and values (B, T) -> advantages (B, T), the Critic.
+    The advantages are brought to mean 0 and deviation 1 over all tokens, as in verl."""
+    at_end = torch.zeros_like(values)
+    at_end[range(len(rewards)), rollout.lengths - 1] = rewards
+    advantages = gae(at_end, values, gamma, lam)                           # (B, T)
+    std, mean = torch.std_mean(advantages[rollout.mask])
+    return (advantages - mean) / (std + 1e-8), Critic(head, values, advantages + values)
+
+
+def value_loss(values, values_old, returns, mask, weights):
+    """Half the squared error; a step of more than VALUE_CLIP gains nothing. (B, T) each."""
+    near = values_old + (values - values_old).clamp(-VALUE_CLIP, VALUE_CLIP)
+    error = torch.maximum((values - returns) ** 2, (near - returns) ** 2) / 2
+    return (torch.where(mask, error, 0).sum(dim=1) * weights).sum()
+
+
+# ---------------------------------------------------------------------------- the metrics
+
+def ratio_stats(logp, logp_old, advantages, clipped, mask):
+    """What the ratios look like; arguments as for policy_loss, results floats.
+
+    clip_low, clip_high          share of tokens that the clip holds, with A < 0 and with A > 0
     clip_low_seq, clip_high_seq  the same, averaged within each response first
     log_s_*, log_w_*             mean and standard deviation over responses / over tokens
     outliers                     share of tokens with |w - 1| > 0.2, GRPO's usual range
     kl                           mean of w - 1 - log w: KL(old || new) per token, never negative"""
-    n = mask.sum(dim=1)                                                    # (B,)
-    some = n > 0
-    if not some.any():
-        return {}
-    share = lambda x: (x.sum(dim=1)[some] / n[some]).mean().item()
-    w, s = log_w[mask], log_s[some, 0]                                     # (M,), (B,)
+    A = advantages if advantages.dim() == 2 else advantages[:, None]
+    low, high = clipped & (A < 0), clipped & (A > 0)                       # (B, T)
+    share = lambda x: response_mean(x.float(), mask)[:, 0].mean().item()
+    r = ratios(logp, logp_old, mask)
+    w, s = r.log_w[mask], r.log_s[:, 0]                                    # (M,), (B,)
     return {
         "clip_low": low[mask].float().mean().item(), "clip_low_seq": share(low),
         "clip_high": high[mask].float().mean().item(), "clip_high_seq": share(high),
@@ -125,96 +265,110 @@ def ratio_stats(log_w, log_s, low, high, mask):
     }
 
 
-def expert_change(old, new, keep):
-    """Share of active experts in `old` that are not in `new`, both (L, b, S, K) -> (L,).
+def routing_stats(old, new, probs):
+    """What the router of each layer does: active experts at the rollout and now (M, L, K), the
+    router's probabilities (M, L, E) -> a dict of lists of L floats.
 
-    Sets are compared, not order; only the positions in `keep` (b, S), whose outputs score a
-    response token, count."""
-    stayed = (old[..., :, None] == new[..., None, :]).any(dim=-1)          # (L, b, S, K)
-    return 1 - stayed[:, keep].float().mean(dim=(1, 2))
+    expert_change    share of the old active experts that are not active now (sets, not order)
+    expert_load      tokens of the busiest expert over the mean expert's: from 1, even, to E / K
+    router_entropy   nats: from 0, certain, to log E, undecided"""
+    stayed = (old[..., :, None] == new[..., None, :]).any(dim=-1)          # (M, L, K)
+    counts = one_hot(new.long(), probs.shape[-1]).sum(dim=(0, 2)).float()  # (L, E)
+    return {"expert_change": (1 - stayed.float().mean(dim=(0, 2))).tolist(),
+            "expert_load": (counts.amax(dim=1) / counts.mean(dim=1)).tolist(),
+            "router_entropy": torch.special.entr(probs).sum(dim=-1).mean(dim=0).tolist()}
 
 
-def score(model, rollout, rows, temperature=1.0):
-    """Log-probs (b, T) of the chosen rows' responses under the model as it is now, on the same
-    distribution that they were sampled from; the mean entropy; the share of experts changed."""
+# ---------------------------------------------------------------------------- the update
+
+def spread(x, mask):
+    """x (M,), one for every True in mask (b, T) -> (b, T), 0 elsewhere."""
+    return torch.zeros(mask.shape, device=x.device, dtype=x.dtype).masked_scatter(mask, x)
+
+
+def score(model, rollout, rows, temperature=1.0, replay=False):
+    """The chosen rows' responses under the model as it is now, on the distribution that they were
+    sampled from -> their log-probs (b, T); the model's Output, whose hidden states (M, D) are those
+    that predict a response token; there, the entropies (M,) and the tensors for routing_stats."""
     tokens, keep, mask, routes = rollout.select(rows)
-    out = model(tokens, keep=keep)
+    out = model(tokens, routes if replay else None, keep)
     log_probs = (out.logits.float() / temperature).log_softmax(dim=-1)     # (M, V)
-    target = rollout.tokens[rows, :mask.shape[1]][mask]                    # (M,)
-    chosen = log_probs.gather(1, target[:, None])[:, 0]                    # (M,)
-    logp = torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, chosen)
+    target = rollout.tokens[rows][mask]                                    # (M,)
+    logp = spread(log_probs.gather(1, target[:, None])[:, 0], mask)        # (b, T)
     with torch.no_grad():
-        entropy = -(log_probs.exp() * log_probs).sum(dim=-1).mean()
-        change = expert_change(routes, out.routes, keep)                   # (L,)
-    return logp, entropy, change
+        entropy = torch.special.entr(log_probs.exp()).sum(dim=-1)          # (M,)
+        routing = [x[:, keep].transpose(0, 1) for x in (routes, out.routes, out.probs)]
+    return logp, out, entropy, routing
 
 
 def micro_batches(rollout, rows, max_tokens):
-    """Cut the rows (b,) into parts of similar length, each of at most `max_tokens`, padding
-    included, or of one row."""
+    """Cut the rows (b,) into parts of similar length, of at most `max_tokens` or of one row."""
     prompt_lengths = torch.tensor([len(prompt) for prompt in rollout.prompts], device=rows.device)
     group_size = len(rollout.tokens) // len(rollout.prompts)
     lengths = prompt_lengths[rows // group_size] + rollout.lengths[rows]   # (b,)
-    order = lengths.argsort(stable=True)
-    sizes = [0]
-    for length in lengths[order].tolist():      # growing: the newest row sets the padded width
-        if sizes[-1] and (sizes[-1] + 1) * length > max_tokens:
-            sizes.append(0)
-        sizes[-1] += 1
-    return rows[order].split(sizes)
+    return rows[lengths.argsort(stable=True)].split(max(1, max_tokens // int(lengths.max())))
 
 
 @torch.no_grad()
-def rescore(model, rollout, temperature=1.0, micro_tokens=2048):
-    """Log-probs (B, T) of all responses under the model as it is now: what `update` can take as
-    `logp_old` instead of the sampler's own, if sampler and trainer might differ."""
-    logp_old = torch.zeros_like(rollout.logp)
-    all_rows = torch.arange(len(rollout.tokens), device=rollout.tokens.device)
-    for rows in micro_batches(rollout, all_rows, micro_tokens):
-        logp, _, _ = score(model, rollout, rows, temperature)
-        logp_old[rows, :logp.shape[1]] = logp
-    return logp_old
+def rescore(model, rollout, temperature=1.0, replay=False, head=None, micro_tokens=2048):
+    """The rollout with the log-probs and routes that the trainer's pass over it gives, in place of
+    the sampler's; and the values (B, T) of a critic's `head`, if there is one."""
+    logp, routes, values = rollout.logp.clone(), rollout.routes.clone(), 0 * rollout.logp
+    for rows in micro_batches(rollout, torch.arange(len(logp), device=logp.device), micro_tokens):
+        logp[rows], out, _, _ = score(model, rollout, rows, temperature, replay)
+        routes[:, rows, :out.routes.shape[2]] = out.routes.to(routes.dtype)
+        if head:
+            values[rows] = spread(head(out.hidden)[:, 0], rollout.mask[rows])
+    return replace(rollout, logp=logp, routes=routes), values
 
 
 def update(model, optimizer, rollout, advantages, algorithm, clip_low, clip_high, mini_batches=4,
-           temperature=1.0, max_grad_norm=1.0, micro_tokens=2048, logp_old=None):
+           temperature=1.0, max_grad_norm=1.0, micro_tokens=2048, max_length=None, replay=False,
+           kl_coef=0.0, logp_ref=None, critic=None):
     """One optimiser step per mini-batch of whole groups; returns one dict of metrics per step.
 
-    `advantages` is (P, G). `logp_old` (B, T) stays what it was when the responses were sampled: in
-    the first mini-batch every ratio is 1 and nothing is clipped, later ones have drifted. One
-    without any signal has no step. Raises FloatingPointError, before the optimiser's step, if the
-    loss or the gradient of a mini-batch is not finite."""
-    P, G = advantages.shape
-    A = advantages.flatten()                                               # (B,)
-    logp_old = rollout.logp if logp_old is None else logp_old
-    metrics = []
-    for groups in torch.arange(P, device=A.device).tensor_split(mini_batches):
-        rows = (groups[:, None] * G + torch.arange(G, device=A.device)).flatten()
-        n_rows = len(rows)
-        rows = rows[A[rows] != 0]   # A = 0 has no gradient: not computed, but counted in n_rows
+    advantages (B,) or (B, T)
+    max_length      the longest response there can be, by which dr_grpo divides
+    replay          activate the rollout's experts, not those that the router would choose now
+    kl_coef         weight of the KL to a reference, whose log-probs are `logp_ref` (B, T)
+    critic          PPO's Critic; the optimizer moves its head as well
+    The rollout's log-probs and routes stay what they were when it was sampled: in the first
+    mini-batch every ratio is 1, later ones have drifted. One without any signal has no step. Raises
+    FloatingPointError, before the step, if the loss or the gradient is not finite."""
+    all_rows, metrics = torch.arange(len(rollout.tokens), device=rollout.tokens.device), []
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    all_rows = all_rows.view(len(rollout.prompts), -1)                             # (P, G)
+    for index, groups in enumerate(all_rows.tensor_split(mini_batches)):
+        rows, weights = groups.flatten(), torch.zeros_like(rollout.logp[:, 0])      # (b,), (B,)
+        weights[rows] = ALGORITHMS[algorithm].weight(rollout.lengths[rows].float(), max_length)
+        if not (kl_coef or critic):     # A = 0 has no gradient: not computed, but weighed above
+            rows = rows[advantages[rows] != 0]
         if len(rows) == 0:
             continue
         optimizer.zero_grad()
-        logps, entropies, changes, order = [], [], [], []
+        losses, parts = [], []
         for part in micro_batches(rollout, rows, micro_tokens):
-            logp, entropy, change = score(model, rollout, part, temperature)
-            T = logp.shape[1]
-            loss, _ = policy_loss(algorithm, logp, logp_old[part, :T], A[part],
-                                  rollout.mask[part, :T], clip_low, clip_high)
-            # The mean over the part, times its share, adds up to the mean over the mini-batch.
-            (loss * len(part) / n_rows).backward()
-            logps.append(torch.nn.functional.pad(logp.detach(), (0, logp_old.shape[1] - T)))
-            share = rollout.lengths[part].sum() / rollout.lengths[rows].sum()      # of the tokens
-            entropies.append(entropy * share), changes.append(change * share), order.append(part)
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
-        order = torch.cat(order)
-        loss, stats = policy_loss(algorithm, torch.cat(logps), logp_old[order], A[order],
-                                  rollout.mask[order], clip_low, clip_high)
-        loss = loss.item() * len(order) / n_rows
-        if not (torch.isfinite(grad_norm) and abs(loss) < float("inf")):
-            raise FloatingPointError(f"loss {loss}, gradient norm {grad_norm.item()}")
+            logp, out, entropy, routing = score(model, rollout, part, temperature, replay)
+            mask, even = rollout.mask[part], 1 / (groups.numel() * rollout.lengths[part])
+            loss, clipped = policy_loss(algorithm, logp, rollout.logp[part], advantages[part], mask,
+                                        clip_low, clip_high, weights[part])
+            losses.append(loss.detach())
+            if kl_coef:
+                loss = loss + kl_coef * kl_loss(logp, logp_ref[part], mask, even)
+            if critic:
+                values = spread(critic.head(out.hidden)[:, 0], mask)                # (b, T)
+                loss = loss + VALUE_COEF * value_loss(values, critic.values[part],
+                                                      critic.returns[part], mask, even)
+            loss.backward()
+            parts.append((part, logp.detach(), clipped, entropy, *routing))
+        grad_norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm).item()
+        loss = sum(losses).item()
+        if not (isfinite(loss) and isfinite(grad_norm)):
+            raise FloatingPointError(f"loss {loss}, gradient norm {grad_norm}")
         optimizer.step()
-        metrics.append(stats | {"loss": loss, "grad_norm": grad_norm.item(),
-                                "entropy": torch.stack(entropies).sum().item(),
-                                "expert_change": torch.stack(changes).sum(dim=0).mean().item()})
+        part, logp, clipped, entropy, *routing = map(torch.cat, zip(*parts))
+        metrics.append(
+            ratio_stats(logp, rollout.logp[part], advantages[part], clipped, rollout.mask[part])
+            | routing_stats(*routing) | {"mini_batch": index, "loss": loss,
+                                         "grad_norm": grad_norm, "entropy": entropy.mean().item()})
     return metrics

@@ -56,9 +56,10 @@ class MoEConfig:
 
 
 class Output(NamedTuple):
-    logits: torch.Tensor        # (B, T, V), or (M, V) if `keep` chose M positions
-    routes: torch.Tensor        # (L, B, T, K) active experts, most probable first
-    balance_loss: torch.Tensor  # scalar, 1 if all experts are used alike, E/K if only K are
+    logits: torch.Tensor    # (B, T, V), or (M, V) if `keep` chose M positions
+    hidden: torch.Tensor    # (B, T, D) or (M, D): what the logits are made of
+    routes: torch.Tensor    # (L, B, T, K) active experts, most probable first
+    probs: torch.Tensor     # (L, B, T, E) the router's probabilities, fp32
 
 
 class KVCache:
@@ -122,8 +123,7 @@ class Experts(nn.Module):
         self.down = nn.Parameter(torch.empty(E, D, width))
 
     def forward(self, x, routes):
-        """x (N, D) -> y (N, D), routes (N, K), balance_loss. Given `routes` are replayed."""
-        N, E = len(x), len(self.down)
+        """x (N, D) -> y (N, D), routes (N, K), probs (N, E). Given `routes` are replayed."""
         probs = self.router(x).softmax(-1, dtype=torch.promote_types(x.dtype, torch.float32))
         if routes is None:
             routes = probs.topk(self.K).indices                         # (N, K)
@@ -136,18 +136,25 @@ class Experts(nn.Module):
         expert_of = routes.flatten()                                    # (N*K,)
         order = expert_of.argsort(stable=True)
         token_of = order // self.K
-        counts = torch.bincount(expert_of, minlength=E)                 # (E,)
+        counts = torch.bincount(expert_of, minlength=len(self.down))    # (E,)
         blocks = x[token_of].split(counts.tolist())
         outputs = []
         for block, gate_up, down in zip(blocks, self.gate_up, self.down):
             gate, up = (block @ gate_up.T).chunk(2, dim=-1)             # (n_e, F) each
             outputs.append((F.silu(gate) * up) @ down.T)                # (n_e, D)
         weighted = torch.cat(outputs) * gates.flatten()[order, None]    # (N*K, D)
-        y = torch.zeros_like(x).index_add(0, token_of, weighted)        # (N, D)
+        return torch.zeros_like(x).index_add(0, token_of, weighted), routes, probs
 
-        # Switch Transformer (2101.03961) Eq. 4-6: E * sum_e (share of pairs) * (mean probability).
-        balance_loss = E * (counts / (N * self.K) * probs.mean(0)).sum()
-        return y, routes, balance_loss
+
+def balance_loss(out):
+    """How unevenly the experts of an Output are used: 1 if all are used alike, E/K if only K are.
+
+    E * sum over e of (share of the active pairs) * (mean probability), mean over the layers: Switch
+    Transformer (2101.03961) Eq. 4-6. Padding counts."""
+    E = out.probs.shape[-1]
+    counts = torch.stack([routes.flatten().bincount(minlength=E) for routes in out.routes])
+    share = counts / out.routes[0].numel()                              # (L, E)
+    return (E * (share * out.probs.mean((1, 2))).sum(-1)).mean()
 
 
 class Layer(nn.Module):
@@ -160,12 +167,12 @@ class Layer(nn.Module):
 
     def forward(self, x, cos, sin, positions, cache, routes):
         x = x + self.attention(self.attention_norm(x), cos, sin, positions, cache)
-        y, routes, balance_loss = self.experts(self.experts_norm(x).flatten(0, 1), routes) # (N, D)
-        return x + y.view_as(x), routes, balance_loss
+        y, routes, probs = self.experts(self.experts_norm(x).flatten(0, 1), routes)     # (N, D)
+        return x + y.view_as(x), routes, probs
 
 
 class MoETransformer(nn.Module):
-    """tokens (B, T) -> Output. Padding, on the right, changes nothing elsewhere but balance_loss.
+    """tokens (B, T) -> Output. Padding, on the right, changes nothing elsewhere.
     routes (L, B, T, K)   experts to activate instead of the router's own choice (replay)
     keep (B, T)           True at the M positions whose logits are wanted
     positions (B, T)      with `cache`, a KVCache that holds the earlier positions of each row
@@ -195,14 +202,14 @@ class MoETransformer(nn.Module):
             positions = torch.arange(T, device=tokens.device).expand(B, T)
         cos, sin = self.cos[positions][:, None], self.sin[positions][:, None]   # (B, 1, T, C)
         x = self.embed(tokens)                                          # (B, T, D)
-        all_routes, balance_loss = [], 0.0
+        all_routes, all_probs = [], []
         for i, layer in enumerate(self.layers):
             replayed = None if routes is None else routes[i].flatten(0, 1).long()   # (N, K)
-            x, chosen, balance = layer(x, cos, sin, positions, cache, replayed)
-            all_routes.append(chosen.view(B, T, -1))
-            balance_loss = balance_loss + balance / len(self.layers)
-        x = x if keep is None else x[keep]                              # (M, D)
-        return Output(self.unembed(self.norm(x)), torch.stack(all_routes), balance_loss)
+            x, chosen, probs = layer(x, cos, sin, positions, cache, replayed)
+            all_routes.append(chosen.view(B, T, -1)), all_probs.append(probs.view(B, T, -1))
+        hidden = self.norm(x if keep is None else x[keep])              # (M, D)
+        routes, probs = torch.stack(all_routes), torch.stack(all_probs)
+        return Output(self.unembed(hidden), hidden, routes, probs)
 
 
 @dataclass
@@ -232,7 +239,7 @@ class Rollout:
 
         Returns tokens (b, S); `keep` (b, S), True where the *next* token is a response token, so
         that the logits there score it; mask (b, T); routes (L, b, S, K)."""
-        G, T = len(self.tokens) // len(self.prompts), int(self.lengths[rows].max())
+        G = len(self.tokens) // len(self.prompts)
         responses, lengths = self.tokens.tolist(), self.lengths.tolist()
         lines, keep = [], []
         for row in rows.tolist():
@@ -241,7 +248,22 @@ class Rollout:
             keep.append(torch.tensor([False] * (len(prompt) - 1) + [True] * n + [False]))
         tokens, keep = (nn.utils.rnn.pad_sequence(x, batch_first=True).to(self.tokens.device)
                         for x in (lines, keep))                         # (b, S) each
-        return tokens, keep, self.mask[rows, :T], self.routes[:, rows, :tokens.shape[1]]
+        return tokens, keep, self.mask[rows], self.routes[:, rows, :tokens.shape[1]]
+
+    @staticmethod
+    def join(rollouts, groups):
+        """One rollout of the chosen groups, a list of their numbers for every one of `rollouts`."""
+        G = len(rollouts[0].tokens) // len(rollouts[0].prompts)
+        rows = [[g * G + i for g in chosen for i in range(G)] for chosen in groups]
+        def pad(parts):         # each (B, T or S, ...), of which T and S may differ
+            return nn.utils.rnn.pad_sequence(
+                [row for part, these in zip(parts, rows) for row in part[these]], batch_first=True)
+        tokens, logp, mask = (pad([getattr(r, name) for r in rollouts])
+                              for name in ("tokens", "logp", "mask"))
+        routes = pad([r.routes.permute(1, 2, 0, 3) for r in rollouts]).permute(2, 0, 1, 3)
+        return Rollout([r.prompts[g] for r, chosen in zip(rollouts, groups) for g in chosen],
+                       tokens, logp, mask, routes,
+                       torch.cat([r.lengths[these] for r, these in zip(rollouts, rows)]))
 
 
 def check_request(config, prompts, group_size, max_new_tokens, temperature):

@@ -1,19 +1,8 @@
 """GSPO as a list of its properties; run `pytest`. Equation numbers are those of arXiv 2507.18071.
 
 Expected values come from closed forms, enumeration, finite differences or slow obvious versions."""
-import csv
-import random
-import re
-import shutil
-import signal
-import subprocess
-import sys
-from collections import Counter
-from dataclasses import fields
-from fractions import Fraction
 from functools import partial
 from math import exp, inf, log, nan, sqrt
-from pathlib import Path
 
 import pytest
 import torch
@@ -22,35 +11,51 @@ from torch.testing import assert_close
 
 import gspo
 import moe
-import train as train_py
-from data import arithmetic
-from data.tokenizer import Tokenizer
 
-ALGORITHMS = ("gspo", "gspo_token", "grpo")
+ALGORITHMS = tuple(gspo.ALGORITHMS)
+CLIPPED = [name for name, a in gspo.ALGORITHMS.items() if a.term in (gspo.gspo, gspo.gspo_token,
+                                                                      gspo.grpo, gspo.gmpo)]
 every_algorithm = pytest.mark.parametrize("algorithm", ALGORITHMS)
 tensor = partial(torch.tensor, dtype=torch.float64)
 
-def objective(algorithm, d, A, low=0.2, high=0.2, T=7, padding=0.0):
+def objective(algorithm, d, A, low=0.2, high=0.2, T=7, padding=0.0, old=-1.0):
     """-> loss, gradient (B, T), stats, of responses with the log-ratios d = log new - log old."""
-    logp = tensor([row + [padding] * (T - len(row)) for row in d]).sub(1).requires_grad_()
     mask = torch.arange(T) < torch.tensor([len(row) for row in d])[:, None]
+    old = torch.full(mask.shape, -1.0).double() if old == -1 else tensor(old)
+    logp = tensor([row + [padding] * (T - len(row)) for row in d]).add(old).requires_grad_()
     A = tensor([a + [9.0] * (T - len(a)) if isinstance(a, list) else a for a in A]).requires_grad_()
-    old = torch.full_like(logp, -1).requires_grad_()
-    loss, stats = gspo.policy_loss(algorithm, logp, old, A, mask, low, high)
+    old.requires_grad_()
+    loss, clipped = gspo.policy_loss(algorithm, logp, old, A, mask, low, high)
     loss.backward()
     assert old.grad is None and A.grad is None              # only the new policy is moved
+    stats = gspo.ratio_stats(logp.detach(), old.detach(), A.detach(), clipped, mask)
     return loss.item(), logp.grad, stats
 
 def by_hand(algorithm, d, A, low, high, T=7):
-    """Eq. 5, 13 and 2 and their gradients, one number after the other."""
-    loss, grad = 0.0, torch.zeros(len(d), T, dtype=torch.float64)
-    for i, (row, a) in enumerate(zip(d, A)):
-        for t, a in enumerate(a if isinstance(a, list) else [a] * len(row)):
-            ratio = exp(row[t] if algorithm == "grpo" else sum(row) / len(row))
-            clipped = ratio > 1 + high if a > 0 else ratio < 1 - low
-            loss -= ((1 + high if a > 0 else 1 - low) if clipped else ratio) * a / len(row) / len(d)
-            grad[i, t] = 0 if clipped else -ratio * a / len(row) / len(d)
-    return loss, grad
+    """The papers' objectives one number after the other; gradients by central differences."""
+    B, N = len(d), sum(map(len, d))
+    def term(row, still, t, a):         # `still` stands where a paper stops the gradient
+        s, w, mean = exp(sum(row) / len(row)), exp(row[t]), lambda x: sum(x) / len(x)
+        clip = lambda x: min(x * a, max(1 - low, min(1 + high, x)) * a)
+        tau = 1.0 if a > 0 else 1.05
+        return {"gspo": lambda: clip(s), "luspo": lambda: clip(s),
+                "gspo_token": lambda: clip(exp(mean(still)) * exp(row[t]) / exp(still[t])),
+                "cispo": lambda: max(1 - low, min(1 + high, exp(still[t]))) * a * (row[t] - 1),
+                "gmpo": lambda: a * exp(mean([min(x, high) if a > 0 else max(x, -low)
+                                              for x in row])),
+                "sapo": lambda: 4 / tau / (1 + exp(-tau * (w - 1))) * a,
+                "reinforce": lambda: a * (row[t] - 1)}.get(algorithm, lambda: clip(w))()
+    def loss(new):
+        weight = {"dapo": lambda n: 1 / N, "cispo": lambda n: 1 / N, "luspo": lambda n: 1 / B,
+                  "dr_grpo": lambda n: 1 / B / T}.get(algorithm, lambda n: 1 / B / n)
+        return -sum(weight(len(row)) * term(row, d[i], t, a[t] if isinstance(a, list) else a)
+                    for i, (row, a) in enumerate(zip(new, A)) for t in range(len(row)))
+    grad, h = torch.zeros(B, T, dtype=torch.float64), 1e-6
+    for i, row in enumerate(d):
+        for t in range(len(row)):
+            moved = [d[:i] + [row[:t] + [row[t] + x] + row[t + 1:]] + d[i + 1:] for x in (h, -h)]
+            grad[i, t] = (loss(moved[0]) - loss(moved[1])) / 2 / h
+    return loss(d), grad
 
 def random_batch(seed, scale=0.1, token_advantages=False):
     draw = torch.Generator().manual_seed(seed)
@@ -59,6 +64,8 @@ def random_batch(seed, scale=0.1, token_advantages=False):
     return d, A if token_advantages else [row[0] for row in A]
 
 # ------------------------------------------------------------------------------- the objective
+
+FAMILY = "gspo", "gspo_token", "grpo"
 
 @pytest.mark.parametrize("algorithm, d, A, loss, grad", [
     ("gspo", [[0.3, -0.1, 0.1]], [1], -1.1051709181, [[-0.3683903060] * 3]),        # e^mean(d)
@@ -72,19 +79,34 @@ def random_batch(seed, scale=0.1, token_advantages=False):
     ("gspo_token", [[log(w) + plus for w in (0.5, 1, 1.5)] for plus in (0, 1)], [[1, -1, 2]] * 2,
      -0.4912329415, [[-0.1514267161, 0.1514267161, -0.3028534321], [0, 0.4116204900, 0]]),
     ("gspo_token", [[log(1.5)] * 2], [[1, -1]], 0.15, [[0, 0.75]]),                 # and clip
-    *[(name, [[log(s)]], [A], loss, [[slope]]) for name in ALGORITHMS   # one token: all the same;
+    *[(name, [[log(s)]], [A], loss, [[slope]]) for name in FAMILY   # one token: all the same;
       for A, s, loss, slope in ((1, 1.5, -1.2, 0), (1, 0.5, -0.5, -0.5),  # the sign decides what
                                 (-1, 0.5, 0.8, 0), (-1, 5, 5, 5))],                 # is clipped
-    *[(name, [[0], [0, 0, 0]], [1, -1], 0, [[-1 / 2, 0, 0], [1 / 6] * 3])           # equal weights
-      for name in ALGORITHMS]])
+    *[(name, [[0], [0, 0, 0]], [1, -1], loss, [[-one, 0, 0], [three] * 3])    # how terms add up
+      for loss, one, three, names in (
+          (0, 1 / 2, 1 / 6, FAMILY + ("ppo",)), (1 / 2, 1 / 4, 1 / 4, ["dapo"]),
+          (1 / 3, 1 / 6, 1 / 6, ["dr_grpo"]), (1, 1 / 2, 1 / 2, ["luspo"])) for name in names],
+    ("gmpo", [[3, -3, 0.6]], [1], -exp(-2.2 / 3), [[0, -0.1601017668, 0]]),         # clip 0.4
+    ("gmpo", [[3, -3, 0.6]], [-1], exp(3.2 / 3), [[0.9685592490, 0, 0.9685592490]]),
+    ("sapo", [[3, -3, 0.6]], [1], -2.631370543, [None]),
+    ("sapo", [[3, -3, 0.6]], [-1], 2.505045301, [None]),
+    *[("sapo", [[log(w)]], [A], -A * value, [[-A * w * slope]]) for A, w, value, slope in (
+        (1, 1, 2, 1), (-1, 1, 2 / 1.05, 1),                 # f(1) = 2 / tau, f'(1) = 1
+        (1, 2, 4 / (1 + exp(-1)), 0.7864477), (-1, 2, 4 / 1.05 / (1 + exp(-1.05)), 0.7681097))]])
 def test_values_known_in_advance(algorithm, d, A, loss, grad):
-    value, gradient, _ = objective(algorithm, d, A, T=len(grad[0]))
-    assert value == approx(loss, abs=1e-9)
-    assert_close(gradient, tensor(grad), atol=1e-9, rtol=0)
+    value, gradient, _ = objective(algorithm, d, A, *[0.4, 0.4] * (algorithm == "gmpo"),
+                                   T=max(map(len, d)))
+    assert value == approx(loss, abs=2e-8)
+    assert grad == [None] or torch.allclose(gradient, tensor(grad), atol=1e-7)
+
+def test_cispo_clips_the_weight_and_keeps_the_gradient():
+    loss, grad, _ = objective("cispo", [[3, -3, 0.6]], [1], 0.2, 0.28, T=3, old=[[-1, -4, -2]])
+    assert loss == approx(1.610666667)
+    assert_close(grad, tensor([[-0.426666667, -0.266666667, -0.426666667]]), atol=1e-9, rtol=0)
 
 def test_the_papers_clip_range_on_padded_responses():
     d = [[3e-4, -6e-4, 9e-4], [5e-4], [-2e-4, -6e-4]]       # inside, above, below
-    loss, grad, stats = objective("gspo", d, [1, 0.5, -1.5], *gspo.CLIP["gspo"])
+    loss, grad, stats = objective("gspo", d, [1, 0.5, -1.5], *gspo.ALGORITHMS["gspo"].clip)
     assert loss == approx(-0.00028334, abs=1e-11) and (grad[1:] == 0).all()
     assert_close(grad[0, :3], tensor([-0.111133336] * 3), atol=1e-9, rtol=0)
     assert [stats["clip_high"], stats["clip_low"]] == approx([1 / 6, 2 / 6])
@@ -93,23 +115,44 @@ def test_the_papers_clip_range_on_padded_responses():
 @every_algorithm
 @pytest.mark.parametrize("seed", range(3))
 def test_value_and_gradient_on_random_batches(algorithm, seed):
-    for token_advantages in {False, algorithm != "gspo"}:
+    for token_advantages in {False, algorithm not in ("gspo", "luspo", "gmpo")}:
         batch = *random_batch(seed, 0.1, token_advantages), 0.03, 0.04
         loss, grad, stats = objective(algorithm, *batch)
         expected, expected_grad = by_hand(algorithm, *batch)
         assert loss == approx(expected, abs=1e-12)
-        assert_close(grad, expected_grad, atol=1e-12, rtol=0)
-        n = sum(map(len, batch[0]))
-        assert stats["clip_low"] + stats["clip_high"] == approx(1 - (expected_grad != 0).sum() / n)
+        assert_close(grad, expected_grad, atol=1e-8, rtol=0)
+        share = (grad != 0).sum() / sum(map(len, batch[0]))
+        assert stats["clip_low"] + stats["clip_high"] == approx(1 - share) or \
+            algorithm == "cispo" and share == 1
 
 @every_algorithm
 def test_on_the_sampling_policy_every_algorithm_is_reinforce(algorithm):
     d, A = random_batch(0, scale=0)
     loss, grad, stats = objective(algorithm, d, A, 3e-4, 4e-4)
-    assert loss == approx(-sum(A) / 6, abs=1e-12) and not any(stats.values())
-    assert_close(grad, tensor([[-a / 6 / len(row)] * len(row) + [0] * (7 - len(row))
+    assert not any(stats.values())
+    weight = {"dapo": lambda n: 1 / 22, "cispo": lambda n: 1 / 22, "luspo": lambda n: 1 / 6,
+              "dr_grpo": lambda n: 1 / 6 / 7}.get(algorithm, lambda n: 1 / 6 / n)
+    assert_close(grad, tensor([[-a * weight(len(row))] * len(row) + [0] * (7 - len(row))
                                for row, a in zip(d, A)]), atol=1e-12, rtol=0)
     assert objective(algorithm, [[0]], [1], 0, 0, T=1)[1] == -1     # on the edge: not yet clipped
+
+@pytest.mark.parametrize("seed", range(3))
+def test_relations_between_objectives(seed):
+    def same(one, other, *batch):
+        (loss, grad, _), (loss2, grad2, _) = (objective(*x, *batch) for x in (one, other))
+        return loss == approx(loss2, abs=1e-12) and torch.allclose(grad, grad2, atol=1e-12)
+    d, A = random_batch(seed)
+    short = [row[:1] for row in d]
+    assert same(["gspo"], ["gspo_token"], d, A, 0.03, 0.04)
+    assert same(["gspo"], ["grpo"], short, A, 0.03, 0.04)           # one token: no difference
+    assert same(["gspo"], ["gmpo"], d, A, 9, 9)                     # only the clip differs
+    assert not same(["gspo"], ["gmpo"], d, A, 0.03, 0.04) and not same(["gspo"], ["grpo"], d, A)
+    # DeepSeek-V3.2's off-policy mask: drop a response if A < 0 and mean log(old / new) > delta.
+    delta = 0.02
+    _, grad, _ = objective("gspo", d, A, 1 - exp(-delta), 99)
+    for row, a, slopes in zip(d, A, grad):
+        dropped = a < 0 and -sum(row) / len(row) > delta
+        assert (slopes[:len(row)] == 0).all() == dropped
 
 @every_algorithm
 @pytest.mark.parametrize("padding", [123.0, -inf, nan])
@@ -117,8 +160,9 @@ def test_padding_and_the_order_of_responses_do_not_matter(algorithm, padding):
     d, A = random_batch(1)
     loss, grad, stats = objective(algorithm, d, A, 0.03, 0.04)
     loss2, grad2, stats2 = objective(algorithm, d[::-1], A[::-1], 0.03, 0.04, 9, padding)
-    assert loss2 == approx(loss, abs=1e-15) and stats2 == approx(stats)
-    assert_close(grad2.flip(0), torch.nn.functional.pad(grad, (0, 2)))
+    longer = 9 / 7 if algorithm == "dr_grpo" else 1         # it divides by the longest length
+    assert loss2 * longer == approx(loss, abs=1e-15) and stats2 == approx(stats)
+    assert_close(grad2.flip(0) * longer, torch.nn.functional.pad(grad, (0, 2)))
 
 def test_gspo_sees_only_the_mean_of_the_log_ratios():
     d = [0.05, -0.02, 0.03]
@@ -137,9 +181,10 @@ def test_huge_ratios_leave_the_gradient_finite(algorithm, d, A, expected):
     logp = torch.full((1, 3), d, requires_grad=True)
     loss, _ = gspo.policy_loss(algorithm, logp, 0 * logp, tensor([A]), logp != 0, 0.2, 0.2)
     loss.backward()
-    assert loss.item() == approx(expected) and logp.grad.isfinite().all()
+    assert logp.grad.isfinite().all()
+    assert algorithm not in FAMILY or loss.item() == approx(expected)
 
-@every_algorithm
+@pytest.mark.parametrize("algorithm", FAMILY)
 @pytest.mark.parametrize("logp, dtype", [(-600.0, torch.float32), (-0.02, torch.bfloat16)])
 def test_ratios_near_1_survive_coarse_log_probs(algorithm, logp, dtype):
     old = torch.full((1, 4), logp, dtype=dtype)
@@ -171,6 +216,61 @@ def test_the_groups_own_mean_as_baseline_shrinks_the_policy_gradient_by_1_over_G
         loss, _ = gspo.policy_loss("gspo", logp, logp, A, logp < 0, 3e-4, 4e-4)
         expected_loss = expected_loss + log_pi[group].sum().exp().detach() * loss
     assert_close(torch.autograd.grad(-expected_loss, theta)[0], (1 - 1 / G) * true)
+
+@pytest.mark.parametrize("algorithm, true", [("gspo", False), ("luspo", True)])
+def test_gspo_prefers_short_responses_and_luspo_is_the_true_gradient(algorithm, true):
+    theta = tensor([0.3, -0.2]).requires_grad_()            # logits of going on at step 1 and 2
+    go, stop = torch.nn.functional.logsigmoid(theta), torch.nn.functional.logsigmoid(-theta)
+    outcomes = [(stop[:1], 1), (torch.stack((go[0], stop[1])), 0), (go, 1)]
+    J = sum(logp.sum().exp() * reward for logp, reward in outcomes)
+    gradient = 0
+    for logp, reward in outcomes:
+        loss, _ = gspo.policy_loss(algorithm, logp[None], logp[None], reward - J[None],
+                                   torch.ones(1, len(logp)) > 0, 3e-4, 4e-4)
+        gradient = gradient - logp.sum().exp().detach() * torch.autograd.grad(
+            loss, theta, retain_graph=True)[0]
+    exact, = torch.autograd.grad(J, theta)
+    assert_close(exact, tensor([-0.134411, 0.142184]), atol=1e-6, rtol=0)
+    expected = exact if true else tensor([-0.105812, 0.071092])
+    assert_close(gradient, expected, atol=1e-6, rtol=0)
+
+def test_kl_to_the_reference_is_exact_on_average_and_one_golden_value():
+    logits, reference = torch.randn(2, 5, dtype=torch.float64)
+    policy, reference = logits.log_softmax(0), reference.log_softmax(0)
+    each, everything = policy[:, None], torch.ones(5, 1) > 0        # every token, ...
+    k3 = gspo.kl_loss(each, reference[:, None], everything, policy.exp())   # ... as often as it is
+    assert k3 == approx((policy.exp() * (policy - reference)).sum().item()) and k3 > 0
+    for d, value, slope in (0.1, 0.0048374180, 0.0951625820), (-0.1, 0.0051709181, -0.1051709181):
+        logp = tensor([[d - 1, 7]]).requires_grad_()
+        loss = gspo.kl_loss(logp, tensor([[-1, nan]]), logp < 5, tensor([1]))
+        assert loss.item() == approx(value) and torch.autograd.grad(
+            loss, logp)[0].tolist() == [[approx(slope), 0]]
+
+def test_generalised_advantages_by_their_definition():
+    rewards, values, gamma, lam = *torch.randn(2, 3, 7, dtype=torch.float64), 0.9, 0.8
+    ends = [7, 1, 4]                                        # after its end a row is 0
+    rewards, values = ([[x * (t < n) for t, x in enumerate(row)]
+                        for row, n in zip(xs.tolist(), ends)] for xs in (rewards, values))
+    delta = lambda b, t: rewards[b][t] + gamma * (values[b] + [0])[t + 1] - values[b][t]
+    expected = [[sum((gamma * lam) ** (k - t) * delta(b, k) for k in range(t, 7)) for t in range(7)]
+                for b in range(3)]
+    assert_close(gspo.gae(tensor(rewards), tensor(values), gamma, lam), tensor(expected))
+
+def test_ppo_pays_the_last_token_and_clips_the_values():
+    r, reward = sample(tiny()), torch.arange(12.0)
+    A, critic = gspo.ppo_advantages(r, None, 0 * r.logp, reward, 1.0, 1.0)
+    assert (critic.returns[r.mask] == reward[:, None].expand_as(A)[r.mask]).all()
+    assert A[r.mask].mean().abs() < 1e-6 and A[r.mask].std() == approx(1, rel=1e-5)
+    for value, loss, slope in (0.1, 0.405, -0.9), (0.5, 0.32, 0), (-0.5, 1.125, -1.5):
+        value = tensor([[value]]).requires_grad_()          # before 0, return 1, clip 0.2
+        error = gspo.value_loss(value, tensor([[0]]), tensor([[1]]), value < 9, tensor([1]))
+        assert error.item() == approx(loss)
+        assert torch.autograd.grad(error, value)[0].item() == approx(slope)
+
+def test_the_overlong_penalty_of_dapo():
+    lengths = torch.tensor([80, 81, 90, 100, 101])
+    assert gspo.overlong_penalty(lengths, 100, 20).tolist() == approx([0, -0.05, -0.5, -1, -1])
+    assert gspo.overlong_penalty(lengths, 100, 0).tolist() == [0] * 5
 
 def test_kl_is_that_of_the_old_policy_to_the_new_one():
     old, new = tensor([0.5, 0.25, 0.25]), tensor([0.2, 0.5, 0.3])
@@ -212,10 +312,10 @@ def test_experts_against_one_token_at_a_time(replayed):
         assert_close(y[n], expected, atol=1e-5, rtol=1e-5)
 
 def test_balance_loss_is_1_for_even_use_and_E_over_K_if_all_tokens_use_the_same():
-    experts, x = tiny().layers[0].experts, torch.eye(4, 16)         # E = 4, K = 2
-    experts.router.weight.data = 100 * x
-    assert experts(x[[0, 2]] + x[[1, 3]], None)[2].item() == 1
-    assert experts(x[[0, 0]] + x[[1, 1]], None)[2].item() == 2
+    for second, balance in ([2, 3], 1), ([0, 1], 2):
+        routes = torch.tensor([[[[0, 1], second]]])                     # (L, B, T, K): 1, 1, 2, 2
+        probs = torch.zeros(1, 1, 2, 4).scatter(-1, routes, 0.5)
+        assert moe.balance_loss(moe.Output(None, None, routes, probs)).item() == balance
 
 def test_gradient_through_the_model_by_finite_differences():
     model = tiny().double()
@@ -238,10 +338,42 @@ def test_replay_takes_the_given_routes_and_the_router_still_learns():
     replayed.logits.logsumexp(-1).sum().backward()
     assert all(layer.experts.router.weight.grad.abs().sum() > 0 for layer in model.layers)
 
-def test_expert_change_compares_sets_where_responses_are_scored():
-    old, new = torch.tensor([[[[[0, 1], [2, 3], [0, 1]]]], [[[[1, 0], [3, 1], [2, 3]]]]])
-    keep = torch.tensor([[True, True, False]])              # (b, S); old, new (L, b, S, K)
-    assert gspo.expert_change(old, new, keep) == gspo.expert_change(new, old, keep) == 0.25
+def test_replay_makes_the_log_probs_continuous_in_the_weights():
+    """Without it they jump where a router changes its mind."""
+    model = tiny().double()
+    r, moved = sample(model), tiny(5).double()
+    def jumps(replay, n=300):
+        logps = []
+        for h in torch.linspace(0, 0.05, n, dtype=torch.float64):
+            now = tiny().double()
+            for p, q in zip(now.parameters(), moved.parameters()):
+                p.data += h * q.data
+            with torch.no_grad():
+                logps.append(gspo.score(now, r, torch.arange(12), replay=replay)[0])
+        steps = torch.stack(logps).diff(dim=0).abs().flatten(1).amax(dim=1)
+        return (steps.max() / steps.median()).item()
+    assert jumps(replay=True) < 3 and jumps(replay=False) > 30
+
+def test_replay_where_there_is_nothing_to_choose():
+    everyone, tokens = tiny(n_active=4), torch.randint(12, (3, 8))      # K = E
+    assert torch.equal(everyone(tokens, everyone(tokens).routes).logits, everyone(tokens).logits)
+    alone = tiny(n_active=1)        # a gate of 1, whatever the router says: it cannot learn
+    alone(tokens).logits.logsumexp(-1).sum().backward()
+    assert all(layer.experts.router.weight.grad.abs().max() < 1e-6 for layer in alone.layers)
+
+@pytest.mark.parametrize("kind", ["r2", "r3"])
+def test_replay_is_a_no_op_at_equal_weights(kind):
+    model, rows = tiny(), torch.arange(12)
+    r = sample(model) if kind == "r3" else gspo.rescore(model, sample(model), micro_tokens=50)[0]
+    free, replayed = (gspo.score(model, r, rows, replay=replay) for replay in (False, True))
+    assert torch.equal(free[0], replayed[0]) and torch.equal(free[1].logits, replayed[1].logits)
+
+def test_routing_stats_compare_sets_and_count():
+    old = torch.tensor([[[0, 1], [1, 0]], [[2, 3], [3, 1]]])        # (M, L, K): M = L = K = 2
+    new, probs = torch.tensor([[[1, 0], [2, 3]], [[1, 3], [0, 1]]]), torch.full((2, 2, 4), 0.25)
+    there, back = gspo.routing_stats(old, new, probs), gspo.routing_stats(new, old, probs)
+    assert there["expert_change"] == back["expert_change"] == [0.25, 0.75]
+    assert there["expert_load"] == [2, 1] and there["router_entropy"] == approx([log(4)] * 2)
 
 def test_weights_travel_to_transformers_and_back():
     model, tokens = tiny(rope_theta=500.0, norm_eps=1e-3, n_active=3), torch.randint(12, (3, 16))
@@ -265,13 +397,16 @@ def test_weights_travel_to_transformers_and_back():
 def test_sampled_log_probs_and_routes_are_those_of_scoring(temperature):
     model, rows = tiny(), torch.randperm(12)
     r = sample(model, temperature=temperature)
-    scored, _, change = gspo.score(model, r, rows, temperature)
+    scored, _, _, routing = gspo.score(model, r, rows, temperature)
     for logp, row in zip(scored, rows.tolist()):
         expected = slow_logp(model, r, row, temperature)
         assert_close(torch.stack((logp, r.logp[row]))[:, r.mask[row]],
                      torch.stack((expected, expected)), atol=1e-5, rtol=0)
-    assert change.sum() == 0
-    assert_close(gspo.rescore(model, r, temperature, 20), r.logp, atol=1e-5, rtol=0)
+    assert gspo.routing_stats(*routing)["expert_change"] == [0, 0]
+    again, _ = gspo.rescore(model, r, temperature, micro_tokens=20)
+    assert_close(again.logp, r.logp, atol=1e-5, rtol=0)
+    for _, keep, _, routes in [again.select(rows)]:
+        assert torch.equal(routes[:, keep], r.select(rows)[3][:, keep])
 
 def test_a_response_ends_with_the_end_token_or_is_cut():
     r = sample(tiny(), G=20)
@@ -293,6 +428,18 @@ def test_a_response_depends_on_its_prompt_and_its_luck_alone():
     assert_close(r.logp[8:], other.logp[8:])                        # the third prompt's responses
     assert torch.equal(r.routes[:, 8:], other.routes[:, 8:])
     assert not torch.equal(sample(tiny(), seed=1).logp, r.logp)
+
+def test_joined_rollouts_keep_their_rows():
+    one, two = sample(tiny(), T=3), sample(tiny(), [[2], [3]], seed=1)
+    both = moe.Rollout.join([one, two], [[2, 0], [1]])
+    assert both.prompts == [PROMPTS[2], PROMPTS[0], [3]]
+    for row, (r, old) in enumerate([(one, i) for i in (8, 9, 10, 11, 0, 1, 2, 3)]
+                                   + [(two, i) for i in (4, 5, 6, 7)]):
+        assert_close(gspo.score(tiny(), both, torch.tensor([row]))[0][both.mask[[row]]],
+                     r.logp[old][r.mask[old]], atol=1e-5, rtol=0)
+        width = r.routes.shape[2]
+        assert both.lengths[row] == r.lengths[old]
+        assert torch.equal(both.routes[:, row, :width], r.routes[:, old])
 
 def test_greedy_takes_the_likeliest_token_of_the_uncached_model():
     r = sample(tiny(), G=2, eos_id=None, greedy=True)
@@ -321,7 +468,7 @@ def drifted():
     for p in model.parameters():
         p.data += 0.01 * torch.randn_like(p)
     rewards = torch.tensor([[1.0, 0, 0, 0], [1, 1, 1, 1], [0, 0, 1, 1], [0, 1, 1, 1]])
-    return model, rollout, gspo.group_advantages(rewards)
+    return model, rollout, gspo.group_advantages(rewards).flatten()
 
 @pytest.mark.parametrize("mini_batches", [1, 3, 4])
 def test_update_is_gradient_ascent_on_equation_5(mini_batches):
@@ -335,8 +482,7 @@ def test_update_is_gradient_ascent_on_equation_5(mini_batches):
         J = 0
         for row in [4 * g + i for g in group.tolist() for i in range(4)]:   # A = 0 included
             s = (slow_logp(slow, r, row) - r.logp[row, r.mask[row]]).mean().exp()
-            a = A[row // 4, row % 4]
-            J = J + torch.min(s * a, s.clamp(0.99, 1.01) * a) / 4 / len(group)
+            J = J + torch.min(s * A[row], s.clamp(0.99, 1.01) * A[row]) / 4 / len(group)
         assert whole["loss"] == approx(-J.item(), abs=1e-6)
         assert all(parts[name] == approx(whole[name], rel=1e-3, abs=1e-5) for name in whole)
         for p, g in zip(slow.parameters(), torch.autograd.grad(J, list(slow.parameters()))):
@@ -345,11 +491,11 @@ def test_update_is_gradient_ascent_on_equation_5(mini_batches):
 
 def test_the_ratio_is_1_in_the_first_mini_batch_and_drifts_from_then_on():
     model = tiny()
-    r, A = sample(model, PROMPTS * 4), gspo.group_advantages(torch.rand(12, 4))
+    r, A = sample(model, PROMPTS * 4), gspo.group_advantages(torch.rand(12, 4)).flatten()
     first, *later = gspo.update(model, torch.optim.AdamW(model.parameters(), lr=1e-2), r, A, "gspo",
-                                *gspo.CLIP["gspo"], mini_batches=4)
+                                *gspo.ALGORITHMS["gspo"].clip, mini_batches=4)
     assert first["clip_low"] == first["clip_high"] == 0 and first["log_s_std"] < 1e-6
-    assert first["expert_change"] == 0 and 0 < first["entropy"] < log(12) and len(later) == 3
+    assert first["expert_change"] == [0, 0] and 0 < first["entropy"] < log(12) and len(later) == 3
     assert all(m["log_s_std"] > 1e-3 and m["clip_low"] + m["clip_high"] > 0 for m in later)
 
 def test_a_gradient_that_is_not_finite_never_reaches_the_weights():
@@ -357,128 +503,3 @@ def test_a_gradient_that_is_not_finite_never_reaches_the_weights():
     with pytest.raises(FloatingPointError):
         gspo.update(model, torch.optim.AdamW(model.parameters()), r, A * nan, "gspo", 0.1, 0.1)
     assert_close(list(model.parameters()), list(drifted()[0].parameters()), atol=0, rtol=0)
-
-# ------------------------------------------------------------------------------------ the task
-
-task, tokenizer = arithmetic.Task(), Tokenizer()
-
-@pytest.mark.parametrize("response, right", [
-    ("932", 1), ("<think>7+5+0=12</think>932", 1), ("<think></think>932", 1), ("932=", 0), ("", 0),
-    ("0932", 0), ("+932", 0), ("-932", 0), ("9 32", 0), ("٩٣٢", 0), ("9**9**9", 0), ("93", 0),
-    ("932</think>", 0), ("</think>932", 0), ("<think>932", 0), ("<think>932</think>", 0),
-    ("<think><think></think>932", 0), ("<think></think></think>932", 0), ("1<think></think>932", 0),
-    ("<think></think>932<think>", 0), ("<think></think>1</think>932", 0), ("932<pad>", 0),
-    ("9" * 10 ** 6, 0), ("<think>" * 10 ** 5, 0), ("</think>" * 10 ** 5 + "932", 0)])
-def test_the_reward_of_any_text_is_a_number(response, right):
-    assert task.reward(arithmetic.Problem("347+585=", "932", "+3"), response) == right
-
-def test_the_teacher_is_right_unless_it_slips_or_guesses():
-    rng, careful = random.Random(0), arithmetic.Task(slip=0, guess=0, max_digits=5)
-    for problem in [careful.sample(rng) for _ in range(3000)]:
-        a, op, b = re.fullmatch(r"(\d+)([-+*/])(\d+)=", problem.prompt).groups()
-        result = Fraction(a) / int(b) if op == "/" else dict(zip("+-*", (
-            int(a) + int(b), int(a) - int(b), int(a) * int(b))))[op]
-        assert problem.answer == str(result) and result >= 0
-        for think in (False, True):
-            assert careful.reward(problem, careful.demonstrate(problem, rng, think)) == 1
-    problems = [task.sample(rng) for _ in range(5000)]
-    right = [task.reward(p, task.demonstrate(p, rng)) for p in problems]
-    assert 0.75 < sum(right) / 5000 < 0.85                          # the ceiling of imitation
-
-def test_the_streams_of_training_never_yield_a_held_out_problem():
-    unordered = lambda p: (p.kind[0], frozenset(re.findall(r"\d+", p.prompt)))
-    held_out, rng = task.held_out(), random.Random(0)
-    trained_on = {unordered(task.sample(rng)) for _ in range(50000)}
-    assert trained_on.isdisjoint(map(unordered, held_out))
-    assert Counter(p.kind for p in held_out) == {f"{op}{n}": 40 for op in "+-*/" for n in (1, 2, 3)}
-    assert held_out == arithmetic.Task().held_out()
-
-def test_every_digit_is_a_token_and_an_unknown_character_is_named():
-    text = "347+585=<think>7+5+0=12</think>932<end>"
-    assert len(tokenizer.encode(text)) == len(text) - len("<think></think><end>") + 3
-    assert tokenizer.decode(tokenizer.encode(text)) == text and tokenizer.end != tokenizer.pad
-    for wrong in "é", "٣", "x", "<", "<p<end>ad>", "<thi<end>nk>":
-        with pytest.raises(ValueError, match=wrong[0]):
-            tokenizer.encode("3" + wrong)
-
-# ------------------------------------------------------------------------------- the whole job
-
-SHORT = ("--cold_steps", "30", "--prompts", "4", "--group_size", "4", "--max_digits", "1",
-         "--threads", "1", "--steps")
-
-@pytest.fixture
-def train(tmp_path, monkeypatch):
-    """train.main in an empty folder -> exit code."""
-    monkeypatch.chdir(tmp_path)
-    def run(*arguments):
-        try:
-            return train_py.main(arguments) or 0
-        except SystemExit as stop:
-            return stop.code
-    return run
-
-def metrics(folder, names=("step", "reward", "loss", "grad_norm", "entropy", "accuracy")):
-    with open(f"{folder}/metrics.csv") as file:
-        return [[row[name] for name in names] for row in csv.DictReader(file)]
-
-def test_a_run_that_was_interrupted_and_resumed_equals_one_that_was_not(train, monkeypatch):
-    assert train(*SHORT, "6", "--out", "whole", "--eval_every", "4") == 0
-    with monkeypatch.context() as patch:
-        update, calls = gspo.update, []
-        def interrupting(*args, **options):
-            calls.append(len(calls) == 2 and signal.raise_signal(signal.SIGINT))
-            return update(*args, **options)
-        patch.setattr(gspo, "update", interrupting)
-        assert train(*SHORT, "6", "--out", "parts", "--eval_every", "4", "--fresh") == 130
-    assert len(metrics("parts")) == 3
-    assert train("--resume", "--out", "parts", "--lr", "0.1") == 2      # not the same run
-    assert train("--resume", "--out", "parts") == 0
-    assert metrics("parts") == metrics("whole")
-    assert train("--resume", "--out", "parts") == 2         # nothing left to do
-    assert train("--resume", "--out", "parts", "--steps", "7") == 0 and len(metrics("parts")) == 7
-    assert {"config.json", "metrics.csv", "summary.json", "samples.txt", "checkpoint.pt",
-            "curves.png"} == {path.name for path in Path("parts").iterdir()}
-
-def test_the_reward_rises_in_a_miniature_run_past_that_of_the_teacher(train):
-    assert train("--max_digits", "1", "--think", "0", "--guess", "0.5", "--cold_steps", "250",
-                 "--steps", "25", "--lr", "1e-3") == 0
-    rewards = [float(reward) for reward, in metrics("out/run-1", ["reward"])]
-    assert sum(rewards[:5]) / 5 < 0.6 and sum(rewards[-5:]) / 5 > 0.7
-
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(train, monkeypatch):
-    monkeypatch.setattr(gspo, "group_advantages", lambda rewards, scale: rewards * 0 + nan)
-    message = train(*SHORT, "5")
-    assert "step 1:" in message and "out/run-1/checkpoint.pt" in message
-    assert train("--eval_only") == train("--ask", "4+4=") == 0
-
-def bad_values():
-    for field in (*fields(train_py.Config), *fields(arithmetic.Task)):
-        if field.type is not bool and field.name != "out":
-            yield f"--{field.name}", "-7" if field.type is not str else "nothing"
-            yield f"--{field.name}", "nan" if field.type is not str else ""
-    yield from (("--nothing",), ("--d_model", "30"), ("--max_new_tokens", "3"), ("--steps", "1.5"),
-                ("--resume",), ("--ask", "1+1="), ("--eval_only",), ("--ste", "5"), ("--fresh=1",),
-                ("--task", "tokenizer"), ("--seed", "9" * 400), ("--out", "."), ("--out", "full/x"),
-                ("--device", "cuda"), ("--resume", "--out", "broken"))
-
-@pytest.mark.parametrize("arguments", [*bad_values()], ids=" ".join)
-def test_bad_input_gets_one_line_and_exit_code_2(train, capsys, arguments):
-    Path("full").write_text("not a folder")
-    Path("broken").mkdir()
-    torch.save({"model": 1}, "broken/checkpoint.pt")
-    if arguments == ("--device", "cuda") and torch.cuda.is_available():
-        pytest.skip("it is no bad input here")
-    assert train(*arguments) == 2
-    error = capsys.readouterr().err
-    named = arguments[0].split("=")[0] in error or arguments[-1] in error or "run in out/" in error
-    assert error.count("\n") == 1 and named and not Path("out").exists()
-
-def test_the_task_in_the_readme_runs(tmp_path):
-    here = Path(__file__).parent
-    code, = re.findall(r"```python\n(.*?)```", (here / "README.md").read_text(), re.DOTALL)
-    for name in ("train.py", "gspo.py", "moe.py", "data", "results"):
-        copy = shutil.copytree if (here / name).is_dir() else shutil.copy
-        copy(here / name, tmp_path / name)
-    (tmp_path / "data" / "reverse.py").write_text(code)
-    command = ("train.py", "--task", "reverse", "--cold_steps", "20", "--steps", "2")
-    subprocess.run([sys.executable, *command], cwd=tmp_path, check=True)

@@ -3,6 +3,7 @@
     python train.py                        the whole job, from random weights, in minutes on a CPU
     python train.py --algorithm grpo       another objective, from the same cold start
     python train.py --ask "47*8="          ask the model of the last run
+    python train.py --inspect              see what an update does to it, token by token
     python train.py --resume               go on after Ctrl-C, to the very same numbers
     python train.py --help                 every option, and why it has its default
 
@@ -14,18 +15,17 @@
 All chance comes from (seed, stage, step). So a checkpoint needs only the weights, the optimiser and
 the number of the step to go on exactly as if nothing had happened.
 """
-import argparse
+import copy
 import dataclasses
 import hashlib
-import importlib
 import inspect
-import itertools
 import json
 import random
 import signal
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch.nn import functional as F
@@ -33,9 +33,9 @@ from torch.nn import functional as F
 import gspo
 import moe
 from data import demonstrations
-from data.options import Parser, fail, option
+from data.options import fail, option, parse
 from data.tokenizer import Tokenizer
-from results import report
+from results import inspection, report
 
 
 @dataclasses.dataclass
@@ -57,15 +57,26 @@ class Config:
     cold_tokens: int = option(2560, "tokens in a batch, padding included", 64)
     balance: float = option(0.01, "weight of the loss that keeps all experts in use", 0, 10)
     # RL.
-    algorithm: str = option("gspo", "the objective", choices=tuple(gspo.CLIP))
+    algorithm: str = option("gspo", "the objective", choices=tuple(gspo.ALGORITHMS))
     steps: int = option(500, "RL steps; later ones find few groups with a signal", 0)
     prompts: int = option(32, "problems in a step", 1)
     group_size: int = option(8, "responses to a problem: each other's baseline", 2)
     mini_batches: int = option(4, "optimiser steps per rollout, as in the paper", 1)
     lr: float = option(3e-4, "learning rate: gentle, the policy must stay near the sampler's", 0, 1)
-    clip_low: float = option(None, "lower clip range; gspo 3e-3 (see README), grpo 0.2", 0, 1)
-    clip_high: float = option(None, "upper clip range; gspo 4e-3, grpo 0.27", 0, 100)
-    scale: str = option("std", "divide advantages by their group's std?", choices=("std", "none"))
+    clip_low: float = option(None, "lower clip range (default: its paper's; gspo 3e-3)", 0, 1)
+    clip_high: float = option(None, "upper clip range (default: its paper's; gspo 4e-3)", 0, 100)
+    scale: str = option(None, "divide advantages by their group's std? (default: as in its paper)",
+                        choices=("std", "none"))
+    routing_replay: str = option("none", "update with the experts that were active under the old "
+                                 "weights: r2, in a pass of the trainer; r3, in the sampler",
+                                 choices=("none", "r2", "r3"))
+    kl_coef: float = option(0.0, "weight of the KL to the cold start's policy, off in GSPO", 0, 99)
+    gamma: float = option(1.0, "ppo: a reward a token later is worth this much", 0, 1)
+    gae_lambda: float = option(0.95, "ppo: 1 trusts rewards, 0 the critic", 0, 1)
+    dynamic_sampling: bool = option(False, "sample until every group has a signal (DAPO)")
+    sampling_rounds: int = option(10, "with --dynamic_sampling: at most so often", 1, 1000)
+    overlong: int = option(0, "so many tokens before --max_new_tokens the reward begins to fall, "
+                           "to 1 less at the end (DAPO); 0: it does not", 0, 1000)
     temperature: float = option(1.0, "of sampling and of scoring: the policy as it is", 0.01, 100)
     max_new_tokens: int = option(64, "a response without an end by then is worth 0", 1, 1000)
     max_grad_norm: float = option(1.0, "longer gradients are shortened to this", 1e-6)
@@ -78,61 +89,21 @@ class Config:
     out: str = option(None, "folder of the run (default: the first free out/run-N)")
 
 
-# The paper's 3e-4 and 4e-4 belong to responses of thousands of tokens. In one of 30 tokens a single
-# token moves the mean log-ratio far more: ten times the range learned faster on all of five seeds.
-CLIP = gspo.CLIP | {"gspo": (3e-3, 4e-3), "gspo_token": (3e-3, 4e-3)}
+    def __post_init__(self):
+        """Fill in what depends on the algorithm."""
+        _, _, clip, scale = gspo.ALGORITHMS[self.algorithm]
+        # The paper's 3e-4 and 4e-4 belong to responses of thousands of tokens. In one of 30 tokens
+        # a single one moves the mean log-ratio far more: ten times the range learned faster on all
+        # of five seeds.
+        clip = (3e-3, 4e-3) if self.algorithm in ("gspo", "gspo_token") else clip
+        for name, default in (("clip_low", clip[0]), ("clip_high", clip[1]), ("scale", scale)):
+            if default is None and getattr(self, name) is not None:
+                raise ValueError(f"argument --{name}: {self.algorithm} has no such thing")
+            if getattr(self, name) is None:
+                setattr(self, name, default)
+
+
 MAX_PROMPT = 64     # tokens
-MAY_CHANGE = ("steps", "eval_every", "save_every", "device", "threads", "out")      # on --resume
-
-
-# ---------------------------------------------------------------------------- the command line
-
-def task_class(name):
-    exists = name.isidentifier() and (Path(__file__).parent / "data" / f"{name}.py").exists()
-    Task = getattr(importlib.import_module(f"data.{name}"), "Task", None) if exists else None
-    return Task or fail(f"argument --task: {name!r} is none; write data/NAME.py with a class Task")
-
-
-def parse(argv):
-    """The command line -> config, task, what to do, and the state of the run to go on with."""
-    first = Parser(add_help=False, allow_abbrev=False)
-    first.add_argument("--task", default=Config.task)
-    Task = task_class(first.parse_known_args(argv)[0].task)     # the task has options of its own
-    parser = Parser(description=__doc__, allow_abbrev=False,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
-    todo = parser.add_argument_group("with the last run in out/, or the one in --out")
-    todo = todo.add_mutually_exclusive_group()
-    todo.add_argument("--ask", metavar="PROMPT", help="let the model answer")
-    todo.add_argument("--eval_only", action="store_true", help="evaluate the model")
-    todo.add_argument("--resume", action="store_true", help="go on with RL")
-    parser.add_argument("--fresh", action="store_true", help="make the cold start, cached or not")
-    parser.add_fields("options of a run", dataclasses.fields(Config))
-    parser.add_fields(f"options of the task {Task.__module__}", dataclasses.fields(Task))
-    given = vars(parser.parse_args(argv))
-    todo = {key: given.pop(key) for key in ("ask", "eval_only", "resume", "fresh")}
-    state = None
-    if todo["ask"] is not None or todo["eval_only"] or todo["resume"]:
-        given["out"] = given.get("out") or report.last_run()
-        state = report.load(Path(given["out"]) / "checkpoint.pt", "name another run with --out")
-        for key, value in given.items():
-            if key not in MAY_CHANGE and value != state["options"].get(key):
-                fail(f"argument --{key}: this run has {state['options'].get(key)}, which only a "
-                     "new run can change")
-        given = state["options"] | given
-        Task = task_class(given["task"])
-    own = [field.name for field in dataclasses.fields(Config)]
-    config = Config(**{key: value for key, value in given.items() if key in own})
-    task = Task(**{key: value for key, value in given.items() if key not in own})
-    for name, default in zip(("clip_low", "clip_high"), CLIP[config.algorithm]):
-        if getattr(config, name) is None:
-            setattr(config, name, default)
-    config.out = config.out or next(f"out/run-{i}" for i in itertools.count(1)
-                                    if not Path(f"out/run-{i}").exists())
-    if state is None and Path(config.out).exists() and any(Path(config.out).iterdir()):
-        fail(f"argument --out: {config.out} is not empty; --resume it or name another folder")
-    if todo["resume"] and config.steps <= state["step"]:
-        fail(f"argument --steps: {config.out} has made {state['step']} already; ask for more")
-    return config, task, todo, state
 
 
 # ---------------------------------------------------------------------------- 1 the cold start
@@ -166,7 +137,7 @@ def cold_start(config, task, tokenizer, model, fresh):
         # Over a constant, not over M: a token weighs the same in every batch.
         loss = total / config.cold_tokens
         optimizer.zero_grad()
-        (loss + config.balance * out.balance_loss).backward()
+        (loss + config.balance * moe.balance_loss(out)).backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
         if not torch.isfinite(loss + norm):
             sys.exit(f"train.py: cold start step {step}: loss {loss.item()}, gradient norm "
@@ -183,29 +154,26 @@ def cold_start(config, task, tokenizer, model, fresh):
 
 # ---------------------------------------------------------------------------- 2 the evaluation
 
-def respond(config, task, tokenizer, model, problems, n, generator=None):
-    """Sample n responses to each problem, or the greedy one if there is no generator, and reward.
+class Response(NamedTuple):
+    problem: object
+    text: str | None    # without `<end>`; None if it was cut before it, which is worth 0
+    reward: float
+    length: int         # tokens
 
-    Gives the rollout and, row by row, [(problem, text, reward), ...]: the text without `<end>`,
-    None if the response was cut before it, which is worth 0."""
+
+def respond(config, task, tokenizer, model, problems, n, generator=None):
+    """Sample n responses to each problem, or the greedy one if there is no generator, and reward
+    them -> the rollout and, row by row, a list of Response."""
     rollout = moe.generate(model, [tokenizer.encode(problem.prompt) for problem in problems], n,
                            config.max_new_tokens, config.temperature, tokenizer.end, tokenizer.pad,
                            generator, greedy=generator is None)
-    scored = []
+    responses = []
     for i, length in enumerate(rollout.lengths.tolist()):
         problem, row = problems[i // n], rollout.tokens[i, :length].tolist()
         text = tokenizer.decode(row[:-1]) if row[-1] == tokenizer.end else None
-        scored.append((problem, text, 0.0 if text is None else float(task.reward(problem, text))))
-    return rollout, scored
-
-
-def mean(values):
-    values = list(values)
-    return sum(values) / len(values) if values else 0.0
-
-
-def thinks(text):
-    return text is not None and text.startswith("<think>")
+        reward = 0.0 if text is None else float(task.reward(problem, text))
+        responses.append(Response(problem, text, reward, length))
+    return rollout, responses
 
 
 def test_problems(task):
@@ -218,60 +186,119 @@ def evaluate(config, task, tokenizer, model):
     """On held-out problems, 4 sampled responses and the greedy one each -> numbers, the sampled."""
     problems = test_problems(task)
     _, greedy = respond(config, task, tokenizer, model, problems, 1)
-    rollout, scored = respond(config, task, tokenizer, model, problems, 4,
-                              torch.Generator().manual_seed(config.seed))
-    kinds = {}
-    for problem, _, reward in scored:
-        kinds.setdefault(getattr(problem, "kind", "all"), []).append(reward)
-    return {"accuracy": mean(reward for _, _, reward in scored),
-            "accuracy_greedy": mean(reward for _, _, reward in greedy),
-            "think_share": mean(thinks(text) for _, text, _ in scored),
-            "accuracy_thinking": mean(reward for _, text, reward in scored if thinks(text)),
-            "length": rollout.lengths.float().mean().item(),
-            "kinds": {kind: mean(rewards) for kind, rewards in kinds.items()}}, scored
+    _, sampled = respond(config, task, tokenizer, model, problems, 4,
+                         torch.Generator().manual_seed(config.seed))
+    return report.evaluation(sampled, greedy), sampled
 
 
 # ---------------------------------------------------------------------------- 3 RL
 
-def rl_step(config, task, tokenizer, model, optimizer, step):
-    """GSPO's six steps -> the row of metrics.csv."""
-    began, rng = time.time(), random.Random(f"{config.seed} rl {step}")
-    P, G = config.prompts, config.group_size
-    # 1 sample G responses to each of P problems, 2 reward them
-    problems = [task.sample(rng) for _ in range(P)]
-    rollout, scored = respond(config, task, tokenizer, model, problems, G,
-                              torch.Generator().manual_seed(rng.getrandbits(63)))
-    rewards = torch.tensor([reward for _, _, reward in scored]).view(P, G)
+class Learner(NamedTuple):
+    """What RL moves, and what it may need beside."""
+    model: moe.MoETransformer
+    optimizer: torch.optim.Optimizer
+    head: torch.nn.Module | None                # ppo: the critic's
+    reference: moe.MoETransformer | None        # with --kl_coef: the model after the cold start
+
+
+def new_learner(config, model, state):
+    """A Learner that goes on from `state`."""
+    head = reference = None
+    if config.algorithm == "ppo":
+        head = torch.nn.Linear(config.d_model, 1).to(model.embed.weight.device)
+        torch.nn.init.zeros_(head.weight)
+        head.load_state_dict(state.get("head", head.state_dict()))
+    if config.kl_coef:
+        reference = copy.deepcopy(model)
+        reference.load_state_dict(state.setdefault("reference", copy.deepcopy(model.state_dict())))
+    optimizer = torch.optim.AdamW([*model.parameters(), *(head.parameters() if head else ())],
+                                  lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0)
+    if "optimizer" in state:
+        optimizer.load_state_dict(state["optimizer"])
+    return Learner(model, optimizer, head, reference)
+
+
+def explore(config, task, tokenizer, model, step):
+    """Sample P groups of G responses and reward them -> rollout, rewards (P, G), all Responses.
+
+    With --dynamic_sampling groups that are all right or all wrong are put back and new ones drawn.
+    What is still missing after the last round is filled up with such groups."""
+    rng, P, G = random.Random(f"{config.seed} rl {step}"), config.prompts, config.group_size
+    rollouts, groups, rewards, responses, missing = [], [], [], [], P
+    for rounds_left in reversed(range(config.sampling_rounds if config.dynamic_sampling else 1)):
+        rollout, new = respond(config, task, tokenizer, model, [task.sample(rng) for _ in range(P)],
+                               G, torch.Generator().manual_seed(rng.getrandbits(63)))
+        reward = torch.tensor([response.reward for response in new]).view(P, G)
+        silent = reward.amax(dim=1) == reward.amin(dim=1)                   # (P,)
+        n_signal = int((~silent).sum())
+        if config.dynamic_sampling and not rounds_left and n_signal < missing:
+            print(f"  step {step}: after {config.sampling_rounds} rounds of sampling "
+                  f"{missing - n_signal} of {P} groups have no signal; see --sampling_rounds")
+        take = silent.int().argsort(stable=True)[:min(missing, n_signal if rounds_left else P)]
+        rollouts.append(rollout), groups.append(take.sort().values.tolist())
+        rewards.append(reward[groups[-1]]), responses.extend(new)
+        missing -= len(take)
+        if not missing:
+            break
+    return moe.Rollout.join(rollouts, groups), torch.cat(rewards), responses
+
+
+def learn(config, learner, rollout, rewards, mini_batches):
+    """Move the model towards the better responses -> a dict of metrics for every optimiser step,
+    and one for the whole step."""
+    began, device, logp_ref, critic, extra = time.time(), rollout.logp.device, None, None, {}
+    if config.recompute_logp_old or config.routing_replay == "r2" or learner.head:
+        rollout, values = gspo.rescore(learner.model, rollout, config.temperature,
+                                       config.routing_replay == "r3", learner.head)
+    extra["seconds_rescoring"] = time.time() - began
     # 3 advantages: how good is a response beside its siblings?
-    advantages = gspo.group_advantages(rewards.to(rollout.logp.device), config.scale)   # (P, G)
+    rewards = rewards.to(device) + gspo.overlong_penalty(
+        rollout.lengths, config.max_new_tokens, config.overlong).view(rewards.shape)    # (P, G)
+    if learner.head:
+        advantages, critic = gspo.ppo_advantages(rollout, learner.head, values, rewards.flatten(),
+                                                 config.gamma, config.gae_lambda)       # (B, T)
+        extra["value_error"] = (critic.returns - values)[rollout.mask].square().mean().item()
+    else:
+        advantages = gspo.group_advantages(rewards, config.scale).flatten()             # (B,)
+    if learner.reference:
+        logp_ref = gspo.rescore(learner.reference, rollout, config.temperature)[0].logp
+        extra["kl_ref"] = gspo.kl_loss(rollout.logp, logp_ref, rollout.mask,
+                                       1 / (len(logp_ref) * rollout.lengths)).item()
     # 4 ratio, 5 clip and 6 update: `mini_batches` times, each with its own groups
-    logp_old = gspo.rescore(model, rollout, config.temperature) \
-        if config.recompute_logp_old else rollout.logp
-    parts = gspo.update(model, optimizer, rollout, advantages, config.algorithm, config.clip_low,
-                        config.clip_high, config.mini_batches, config.temperature,
-                        config.max_grad_norm, logp_old=logp_old)
-    row = {name: mean(part[name] for part in parts) for name in (parts[0] if parts else ())}
+    return gspo.update(
+        learner.model, learner.optimizer, rollout, advantages, config.algorithm, config.clip_low,
+        config.clip_high, mini_batches, config.temperature, config.max_grad_norm,
+        max_length=config.max_new_tokens, replay=config.routing_replay != "none",
+        kl_coef=config.kl_coef, logp_ref=logp_ref, critic=critic), extra
+
+
+def rl_step(config, task, tokenizer, learner, step):
+    """GSPO's six steps -> the row of metrics.csv, the rows of updates.csv."""
+    began = time.time()
+    # 1 sample G responses to each of P problems, 2 reward them
+    rollout, rewards, responses = explore(config, task, tokenizer, learner.model, step)
+    updates, extra = learn(config, learner, rollout, rewards, config.mini_batches)
     seconds = time.time() - began
-    return row | {
-        "step": step, "reward": rewards.mean().item(), "seconds": seconds,
-        "think": mean(thinks(text) for _, text, _ in scored),
-        "length": rollout.lengths.float().mean().item(),
-        "truncated": mean(text is None for _, text, _ in scored),
-        "no_signal": (advantages == 0).all(dim=1).float().mean().item(),
-        "tokens_per_second": rollout.lengths.sum().item() / seconds}
+    if step == 1 and config.routing_replay != "none":
+        print(f"  routing replay {config.routing_replay}: {extra['seconds_rescoring']:.2f} s of "
+              f"{seconds:.2f} s went into a pass that records the experts, "
+              f"{rollout.routes.nbytes / 1024:.0f} KiB")
+    return report.response_stats(responses) | report.means(updates) | extra | {
+        "step": step, "seconds": seconds,
+        "no_signal": (rewards.amax(dim=1) == rewards.amin(dim=1)).float().mean().item(),
+        "tokens_per_second": sum(response.length for response in responses) / seconds}, updates
 
 
 def reinforce(config, task, tokenizer, model, state, folder):
     """RL from step state["step"] to config.steps: logged, evaluated and saved on the way."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.95),
-                                  weight_decay=0.0)
-    if "optimizer" in state:
-        optimizer.load_state_dict(state["optimizer"])
+    learner = new_learner(config, model, state)
     first, began, seconds_before = state["step"], time.time(), state["seconds_rl"]
-    metrics, interrupted = report.metrics_writer(folder / "metrics.csv", first), []
+    log, interrupted = report.Log(folder, first, config.n_layer), []
 
     def checkpoint():
-        state.update(model=model.state_dict(), optimizer=optimizer.state_dict())
+        state.update(model=model.state_dict(), optimizer=learner.optimizer.state_dict())
+        if learner.head:
+            state["head"] = learner.head.state_dict()
         report.save(folder / "checkpoint.pt", state)
         return state["step"]
 
@@ -283,25 +310,43 @@ def reinforce(config, task, tokenizer, model, state, folder):
         if (step - first) % 25 == 1:
             print(report.HEADER)
         try:
-            row = rl_step(config, task, tokenizer, model, optimizer, step)
+            row, updates = rl_step(config, task, tokenizer, learner, step)
         except FloatingPointError as error:
             sys.exit(f"train.py: RL step {step}: {error}; {folder}/checkpoint.pt has the model as "
                      f"it was after step {saved}. A lower --lr may help.")
         if step % config.eval_every == 0 or step == config.steps:
-            state["evaluation"], scored = evaluate(config, task, tokenizer, model)
+            state["evaluation"], sampled = evaluate(config, task, tokenizer, model)
             row |= {name: state["evaluation"][name] for name in ("accuracy", "accuracy_greedy")}
         state["step"], state["seconds_rl"] = step, seconds_before + time.time() - began
-        metrics.writerow(row)
+        log.write(row, updates)
         left = (time.time() - began) / (step - first) * (config.steps - step)
         report.print_row(row, state["evaluation"]["accuracy"], left)
         if "accuracy" in row:
-            report.show(state["evaluation"], scored, folder / "samples.txt", f"RL step {step}")
+            report.show(state["evaluation"], sampled, folder / "samples.txt", f"RL step {step}")
         if step % config.save_every == 0 or step == config.steps or interrupted:
             saved = checkpoint()
         if interrupted and step < config.steps:
             print(f"stopped; to go on: python train.py --resume --out {folder}")
             sys.exit(130)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def inspect_update(config, task, tokenizer, model, state):
+    """Make a step in memory up to its last mini-batch, and print what that would work with."""
+    learner, n = new_learner(config, model, state), max(2, config.mini_batches)
+    with_signal = dataclasses.replace(config, dynamic_sampling=True)
+    rollout, rewards, _ = explore(with_signal, task, tokenizer, model, state["step"] + 1)
+    *earlier, last = (part.tolist() for part in torch.arange(config.prompts).tensor_split(n))
+    earlier = sum(earlier, [])
+    learn(config, learner, moe.Rollout.join([rollout], [earlier]), rewards[earlier], n - 1)
+    print(f"{config.out}, {config.algorithm}, RL step {state['step'] + 1}, in memory: {n - 1} of "
+          f"{n} optimiser steps are made. The responses of the\nlast one were sampled before them; "
+          "these two have the tokens whose probability has changed most since.")
+    options = [config] if config.algorithm in ("gspo", "grpo") else []
+    ranges = {c.algorithm: (c.clip_low, c.clip_high)
+              for c in (Config(algorithm="gspo"), Config(algorithm="grpo"), *options)}
+    inspection.show(config, tokenizer, model, moe.Rollout.join([rollout], [last]), rewards[last],
+                    ranges)
 
 
 # ---------------------------------------------------------------------------- the whole job
@@ -313,8 +358,8 @@ def begin(config, task, tokenizer, model, fresh):
     evaluation, scored = evaluate(config, task, tokenizer, model)
     report.show(evaluation, scored, Path(config.out) / "samples.txt", "after the cold start")
     rng = random.Random("the teacher")
-    teacher = mean(task.reward(problem, task.demonstrate(problem, rng))
-                   for problem in test_problems(task) for _ in range(10))
+    teacher = report.mean(task.reward(problem, task.demonstrate(problem, rng))
+                          for problem in test_problems(task) for _ in range(10))
     return {"step": 0, "seconds_rl": 0.0, "cold_start": evaluation, "evaluation": evaluation,
             "accuracy_teacher": teacher, "seconds_cold_start": seconds,
             "seconds_before_rl": seconds + time.time() - began}
@@ -352,7 +397,7 @@ def run(config, task, todo, state, tokenizer, model):
 
 def main(argv=None):
     try:
-        config, task, todo, state = parse(argv)
+        config, task, todo, state = parse(argv, Config, __doc__)
         tokenizer, model = build(config, task, state)
         if todo["ask"] is not None:
             rollout = moe.generate(model, [tokenizer.encode(todo["ask"])], 1, config.max_new_tokens,
@@ -363,6 +408,8 @@ def main(argv=None):
         fail(" ".join(f"{error}".split()))
     if todo["eval_only"]:
         return report.show(*evaluate(config, task, tokenizer, model))
+    if todo["inspect"]:
+        return inspect_update(config, task, tokenizer, model, state)
     try:
         run(config, task, todo, state, tokenizer, model)
     except KeyboardInterrupt:

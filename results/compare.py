@@ -4,7 +4,8 @@
     python results/compare.py --table          print runs.csv: mean and standard deviation
 
 A seed's cold start is made once and shared by the settings, so that they differ in nothing but what
-their row says. They are compared by their first 200 RL steps; the main job goes on to its end.
+their row says. The first three are compared by their first 200 RL steps. The others ran with one
+seed, to see that they train: that is no ranking.
 """
 import csv
 import json
@@ -16,15 +17,27 @@ import sys
 from pathlib import Path
 
 COMPARED = 200      # RL steps
+SHORT = ["--steps", str(COMPARED)]
+# name: options, seeds
 SETTINGS = {
-    "GSPO": [],
-    "GSPO, the paper's clip range": ["--clip_low", "3e-4", "--clip_high", "4e-4", "--steps", "200"],
-    "GRPO": ["--algorithm", "grpo", "--steps", "200"],
+    "GSPO": ([], range(5)),
+    "GSPO, the paper's clip range": (
+        ["--clip_low", "3e-4", "--clip_high", "4e-4", *SHORT], range(5)),
+    "GRPO": (["--algorithm", "grpo", *SHORT], range(5)),
+    # Every objective, to the end of the main job; its clip range is that of its paper.
+    **{f"objective {name}": (["--algorithm", name], [0]) for name in (
+        "gspo", "gspo_token", "grpo", "ppo", "dr_grpo", "dapo", "cispo", "gmpo", "sapo", "luspo",
+        "reinforce")},
+    "objective reinforce, on-policy": (["--algorithm", "reinforce", "--mini_batches", "1"], [0]),
+    "objective dapo, dynamic sampling, overlong": (
+        ["--algorithm", "dapo", "--dynamic_sampling", "--overlong", "16", *SHORT], [0]),
+    **{f"replay {algorithm} {kind}": (
+        ["--algorithm", algorithm, "--routing_replay", kind, *SHORT], [0])
+       for algorithm in ("gspo", "grpo") for kind in ("none", "r2", "r3")},
 }
-SEEDS = range(5)
 TABLE = Path(__file__).parent / "runs.csv"
 MEANS = ["reward", "clip_low", "clip_high", "log_s_std", "log_w_std", "outliers", "kl",
-         "expert_change"]
+         "expert_change", "seconds", "seconds_rescoring"]
 
 
 def shell(*command):
@@ -49,12 +62,14 @@ def measure(name, options, seed):
     goes_on = ["--resume"] if (out / "checkpoint.pt").exists() else command[1:]
     subprocess.run([sys.executable, command[0], *goes_on, "--out", str(out)], check=True)
     with open(out / "metrics.csv", newline="") as file:
-        steps = list(csv.DictReader(file))[:COMPARED]
+        every = list(csv.DictReader(file))
+    steps = every[:COMPARED]
     means = {column: statistics.fmean(float(row[column]) for row in steps if row[column])
              for column in MEANS}
     return {"setting": name, "seed": seed, "command": "python " + " ".join(command),
             "commit": commit, "machine": machine(),
             **json.loads((out / "summary.json").read_text()),
+            "reward_last_50": statistics.fmean(float(row["reward"]) for row in every[-50:]),
             f"accuracy_{COMPARED}": steps[-1]["accuracy"],
             **{f"{column}_{COMPARED}": mean for column, mean in means.items()}}
 
@@ -67,22 +82,23 @@ def read():
 
 
 def print_table():
-    columns = ["accuracy_cold_start", "accuracy", "accuracy_greedy", "think_share",
-               "seconds", f"accuracy_{COMPARED}", *(f"{column}_{COMPARED}" for column in MEANS)]
+    columns = ["accuracy_cold_start", "accuracy", "accuracy_greedy", "reward_last_50",
+               "think_share", "seconds",
+               *(f"{column}_{COMPARED}" for column in ("accuracy", *MEANS))]
     print("| setting |", " | ".join(columns), "|")
     print("|---|" + "---|" * len(columns))
     for name in dict.fromkeys(row["setting"] for row in read()):
-        cells = []
+        rows, cells = [row for row in read() if row["setting"] == name], []
         for column in columns:
-            values = [float(row[column]) for row in read() if row["setting"] == name]
-            spread = statistics.stdev(values) if len(values) > 1 else 0.0
-            cells.append(f"{statistics.fmean(values):.4g} ± {spread:.2g}")
-        print(f"| {name} ({len(values)} seeds) |", " | ".join(cells), "|")
+            values = [float(row[column]) for row in rows if row.get(column)]
+            spread = f" ± {statistics.stdev(values):.2g}" if len(values) > 1 else ""
+            cells.append(f"{statistics.fmean(values):.4g}{spread}" if values else "")
+        print(f"| {name} ({len(rows)} seeds) |", " | ".join(cells), "|")
 
 
 def main():
-    for name, options in SETTINGS.items():
-        for seed in SEEDS:
+    for name, (options, seeds) in SETTINGS.items():
+        for seed in seeds:
             rows = read()
             if any(row["setting"] == name and row["seed"] == str(seed) for row in rows):
                 continue
