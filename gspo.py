@@ -19,9 +19,10 @@ that jump.
 The relatives change the ratio, the clip, how the tokens' terms are added up, or the advantages. The
 table ALGORITHMS has a row for each of them.
 
-Three steps: group_advantages -> policy_loss (a pure function of tensors) -> update.
+`group_advantages` compares the rewards of a rollout; `update` makes the optimiser's steps and calls
+`policy_loss`, a pure function of tensors, for each.
 Letters: P prompts, G group size, B = P*G responses, T tokens, L layers, E experts, K active, D
-width; b rows and M response tokens of a micro-batch, as much as is computed at once.
+width, V vocabulary; b rows and M response tokens of a micro-batch, as much as is computed at once.
 """
 from dataclasses import replace
 from math import isfinite
@@ -32,7 +33,7 @@ from torch.nn.functional import one_hot
 
 # exp(20) is finite in fp32; unbounded, inf * 0 would be a NaN gradient. No healthy run comes near.
 MAX_LOG_RATIO = 20.0
-SAPO_TAU = 1.0, 1.05        # for A > 0 and for A < 0: the second falls off a little faster
+SAPO_TAU = 1.0, 1.05        # the gate for A < 0 closes a little faster than that for A > 0
 VALUE_CLIP, VALUE_COEF = 0.2, 0.1       # PPO: how far a value may move; weight of its loss
 
 
@@ -54,29 +55,33 @@ def group_advantages(rewards, scale="std"):
     return torch.where(differ, centred, 0.0)     # exact: rounding could leave 1e-8 / 1e-8
 
 
-def overlong_penalty(lengths, longest, margin):
-    """What DAPO (2503.14476, Eq. 13) adds to the reward: 0 for responses up to `longest - margin`
-    tokens, then less with every token, -1 from `longest` on. No `margin`, no penalty."""
-    return ((longest - margin - lengths) / margin).clamp(-1, 0) if margin else 0.0 * lengths
+def mismatch_weights(kind, logp_old, logp_sampler):
+    """What to multiply each token's advantage with if the sampler's policy mu, say one in lower
+    precision, was not quite pi_old: pi_old / mu, cut at 2 ("tis", truncated importance sampling) or
+    0 outside [0.5, 5] ("icepop"). All (B, T). Not to be confused with the objective's own ratio."""
+    ratio = (logp_old - logp_sampler).clamp(max=MAX_LOG_RATIO).exp()
+    if kind == "tis":
+        return ratio.clamp(max=2.0)
+    return torch.where((ratio >= 0.5) & (ratio <= 5), ratio, 0)
 
 
 # ---------------------------------------------------------------------------- the objectives
 
 class Ratios(NamedTuple):
-    """What an objective is made of; all (B, T), 0 outside the responses."""
-    logp: torch.Tensor          # under the policy being trained: where all gradient comes from
-    log_w: torch.Tensor         # logp - logp_old, the log of Eq. 3
-    log_s: torch.Tensor         # its mean over the response, the log of Eq. 7, at every token
+    """What an objective is made of; all (B, T)."""
+    logp: torch.Tensor          # under the policy being trained, where all gradient comes from
+    log_w: torch.Tensor         # logp - logp_old, the log of Eq. 3; 0 outside the responses
+    log_s: torch.Tensor         # its mean over the response, the log of Eq. 7, in all of the row
     mask: torch.Tensor
 
 
 def response_mean(x, mask):
-    """Mean over each response of x (B, T), 0 outside the mask; the result stands at every token."""
+    """The mean of x (B, T), 0 outside the mask, over each response, all along its row (B, T)."""
     return (x.sum(dim=1) / mask.sum(dim=1).clamp(min=1))[:, None].expand_as(x)
 
 
 def ratios(logp, logp_old, mask):
-    # 3e-4 is below the resolution of bf16 at 1 (8e-3): ratios need fp32 at the least.
+    # GSPO's clip range, 3e-4, is below the resolution of bf16 at 1, 8e-3: use fp32 at the least.
     dtype = torch.promote_types(logp.dtype, torch.float32)
     logp, logp_old = (torch.where(mask, x, 0).to(dtype) for x in (logp, logp_old.detach()))
     log_w = logp - logp_old
@@ -89,8 +94,8 @@ def ratios(logp, logp_old, mask):
 # Each gives a token's term of the objective and where the clip holds, (B, T) both. A is (B, T).
 
 def clip(ratio, A, low, high):
-    """The smaller of the two: past the clip range there is nothing more to gain, but a wrong move
-    (A < 0 and the ratio up, A > 0 and the ratio down) is never clipped."""
+    """The smaller of the two: past the clip range there is nothing more to gain, but a ratio that
+    has moved against A (up and A < 0, down and A > 0) keeps its gradient."""
     term = torch.minimum(ratio * A, ratio.clamp(1 - low, 1 + high) * A)
     return term, torch.where(A > 0, ratio > 1 + high, ratio < 1 - low)
 
@@ -101,7 +106,7 @@ def gspo(r, A, low, high):
 
 def gspo_token(r, A, low, high):
     # Eq. 13-14: worth s_i, with the gradient of the token alone. The bracket is exactly 0 and must
-    # be formed first: s_i is so near 1 that adding it to logp would round its news away.
+    # be formed first: s_i is so near 1 that adding it to logp would lose it to rounding.
     return clip(((r.logp - r.logp.detach()) + r.log_s.detach()).exp(), A, low, high)
 
 
@@ -123,28 +128,28 @@ def gmpo(r, A, low, high):
 
 
 def sapo(r, A, low, high):
-    # No clip but a gate: the gradient's weight, sech^2(tau/2 (w - 1)), falls from 1 to 0 smoothly.
+    # No clip but a gate: its slope, sech^2(tau/2 (w - 1)), falls from 1 at w = 1 to 0, smoothly.
     tau = torch.where(A > 0, *A.new_tensor(SAPO_TAU))
     return 4 / tau * torch.sigmoid(tau * (r.log_w.exp() - 1)) * A, torch.zeros_like(r.mask)
 
 
 def reinforce(r, A, low, high):
-    # No ratio: right for the policy that sampled, which is the first mini-batch's.
+    # No ratio: unbiased in the first mini-batch only, where the policy is still the sampler's.
     return r.logp * A, torch.zeros_like(r.mask)
 
 
-# What one token's term counts in the objective: lengths n (B,) of the responses, the longest length
-# L that there can be -> (B,). Names as in verl.
-seq_mean_token_mean = lambda n, L: 1 / (len(n) * n)                 # 1/B sum_i 1/|y_i| sum_t
-token_mean = lambda n, L: torch.ones_like(n) / n.sum()              # 1/sum_i |y_i|  sum_i sum_t
-seq_mean_token_sum = lambda n, L: torch.ones_like(n) / len(n)       # 1/B sum_i sum_t
-seq_mean_token_sum_norm = lambda n, L: torch.ones_like(n) / (len(n) * L)    # 1/(B L) sum_i sum_t
+# How much a token's term counts in the objective: lengths n (B,) of the responses, and Y, that of
+# the longest there can be -> (B,). The names are verl's.
+seq_mean_token_mean = lambda n, Y: 1 / (len(n) * n)                 # 1/B sum_i 1/|y_i| sum_t
+token_mean = lambda n, Y: torch.ones_like(n) / n.sum()              # 1/sum_i |y_i|  sum_i sum_t
+seq_mean_token_sum = lambda n, Y: torch.ones_like(n) / len(n)       # 1/B sum_i sum_t
+seq_mean_token_sum_norm = lambda n, Y: torch.ones_like(n) / (len(n) * Y)    # 1/(B Y) sum_i sum_t
 
 
 class Algorithm(NamedTuple):
     term: Callable      # a token's term
     weight: Callable    # and how much it counts
-    clip: tuple         # low, high: the published range (its unit differs!), or none
+    clip: tuple         # low, high: of s for gspo and luspo, of log w for gmpo, of w for the others
     scale: str | None   # of group_advantages; None for PPO, whose advantages come from a critic
 
 
@@ -152,6 +157,7 @@ ALGORITHMS = {
     "gspo": Algorithm(gspo, seq_mean_token_mean, (3e-4, 4e-4), "std"),              # 2507.18071
     # For an advantage per token; with one per response it equals gspo in value and gradient.
     "gspo_token": Algorithm(gspo_token, seq_mean_token_mean, (3e-4, 4e-4), "std"),  # 2507.18071
+    # The range is that of the GSPO paper's GRPO.
     "grpo": Algorithm(grpo, seq_mean_token_mean, (0.2, 0.27), "std"),               # 2402.03300
     "ppo": Algorithm(grpo, seq_mean_token_mean, (0.2, 0.2), None),                  # 1707.06347
     # No std and no 1/|y|: both, it argues, are biases, to easy or hard questions and to length.
@@ -168,23 +174,27 @@ ALGORITHMS = {
 }
 
 
+PER_RESPONSE = gspo, gmpo       # terms with one advantage for all tokens of a response
+
+
 def policy_loss(algorithm, logp, logp_old, advantages, mask, clip_low, clip_high, weights=None):
     """The loss to minimise, and the tokens that the clip holds. A pure function of tensors.
 
     logp (B, T)        log-probs of the response tokens under the policy being trained
     logp_old (B, T)    the same under the policy that sampled them
-    advantages (B,)    one per response; (B, T), one per token, for all but gspo and luspo
+    advantages (B,)    one per response; or (B, T), one per token, if not gspo, luspo or gmpo
     mask (B, T)        True for response tokens, the end token included; what stands elsewhere,
                        be it NaN, is ignored. A row without any token is worth 0 but counts in B.
     clip_low, clip_high   see ALGORITHMS; sapo and reinforce have none and ignore them
-    weights (B,)       what a token's term counts, if the rows are but a part of the mini-batch
+    weights (B,)       how much a token's term counts, if the rows are but a part of the mini-batch;
+                       else as in ALGORITHMS, with T as the longest length there can be
     Returns the loss, a scalar, and `clipped` (B, T): True where the clip removes the gradient (for
     cispo: where it limits the weight)."""
     if algorithm not in ALGORITHMS:
         raise ValueError(f"algorithm is {algorithm!r}; it can be one of {', '.join(ALGORITHMS)}")
     term_of, weight_of, _, _ = ALGORITHMS[algorithm]
-    if term_of is gspo and advantages.dim() == 2:
-        raise ValueError("gspo has one advantage per response, (B,); gspo_token takes (B, T)")
+    if term_of in PER_RESPONSE and advantages.dim() == 2:
+        raise ValueError(f"{algorithm} has one advantage per response, not per token: (B,)")
     r = ratios(logp, logp_old, mask)                                       # (B, T) each
     A = advantages.detach().to(r.logp.dtype)
     A = torch.where(mask, A if A.dim() == 2 else A[:, None], 0)            # (B, T)
@@ -198,10 +208,11 @@ def policy_loss(algorithm, logp, logp_old, advantages, mask, clip_low, clip_high
 
 
 def kl_loss(logp, logp_ref, mask, weights):
-    """KL(policy || reference) per token, by k3 = r - 1 - log r with r = pi_ref / pi: never negative
-    and, over tokens sampled from the policy, right on average. logp, logp_ref, mask (B, T)."""
-    log_r = -ratios(logp, logp_ref, mask).log_w
-    return ((log_r.expm1() - log_r).sum(dim=1) * weights).sum()
+    """KL(policy || reference), a scalar: the sum of weights (B,) times k3 = x - 1 - log x of every
+    token, x = pi_ref / pi, which is never negative and, over tokens sampled from the policy,
+    unbiased. logp, logp_ref, mask (B, T)."""
+    log_x = -ratios(logp, logp_ref, mask).log_w
+    return ((log_x.expm1() - log_x).sum(dim=1) * weights).sum()
 
 
 # ---------------------------------------------------------------------------- PPO's critic
@@ -234,7 +245,7 @@ def ppo_advantages(rollout, head, values, rewards, gamma, lam):
 
 
 def value_loss(values, values_old, returns, mask, weights):
-    """Half the squared error; a step of more than VALUE_CLIP gains nothing. (B, T) each."""
+    """Half the squared error, summed to a scalar; a move beyond VALUE_CLIP gains nothing."""
     near = values_old + (values - values_old).clamp(-VALUE_CLIP, VALUE_CLIP)
     error = torch.maximum((values - returns) ** 2, (near - returns) ** 2) / 2
     return (torch.where(mask, error, 0).sum(dim=1) * weights).sum()
@@ -243,13 +254,8 @@ def value_loss(values, values_old, returns, mask, weights):
 # ---------------------------------------------------------------------------- the metrics
 
 def ratio_stats(logp, logp_old, advantages, clipped, mask):
-    """What the ratios look like; arguments as for policy_loss, results floats.
-
-    clip_low, clip_high          share of tokens that the clip holds, with A < 0 and with A > 0
-    clip_low_seq, clip_high_seq  the same, averaged within each response first
-    log_s_*, log_w_*             mean and standard deviation over responses / over tokens
-    outliers                     share of tokens with |w - 1| > 0.2, GRPO's usual range
-    kl                           mean of w - 1 - log w: KL(old || new) per token, never negative"""
+    """What the ratios look like; arguments as for and from policy_loss, results floats. The README
+    explains each. `kl` is the mean of w - 1 - log w: KL(old || new) per token, never negative."""
     A = advantages if advantages.dim() == 2 else advantages[:, None]
     low, high = clipped & (A < 0), clipped & (A > 0)                       # (B, T)
     share = lambda x: response_mean(x.float(), mask)[:, 0].mean().item()
@@ -266,12 +272,8 @@ def ratio_stats(logp, logp_old, advantages, clipped, mask):
 
 
 def routing_stats(old, new, probs):
-    """What the router of each layer does: active experts at the rollout and now (M, L, K), the
-    router's probabilities (M, L, E) -> a dict of lists of L floats.
-
-    expert_change    share of the old active experts that are not active now (sets, not order)
-    expert_load      tokens of the busiest expert over the mean expert's: from 1, even, to E / K
-    router_entropy   nats: from 0, certain, to log E, undecided"""
+    """What the router of each layer does: active experts at the rollout and now (M, L, K), compared
+    as sets, and the router's probabilities (M, L, E) -> a dict of lists of L floats."""
     stayed = (old[..., :, None] == new[..., None, :]).any(dim=-1)          # (M, L, K)
     counts = one_hot(new.long(), probs.shape[-1]).sum(dim=(0, 2)).float()  # (L, E)
     return {"expert_change": (1 - stayed.float().mean(dim=(0, 2))).tolist(),
@@ -292,7 +294,7 @@ def score(model, rollout, rows, temperature=1.0, replay=False):
     that predict a response token; there, the entropies (M,) and the tensors for routing_stats."""
     tokens, keep, mask, routes = rollout.select(rows)
     out = model(tokens, routes if replay else None, keep)
-    log_probs = (out.logits.float() / temperature).log_softmax(dim=-1)     # (M, V)
+    log_probs = (out.logits / temperature).log_softmax(dim=-1)             # (M, V)
     target = rollout.tokens[rows][mask]                                    # (M,)
     logp = spread(log_probs.gather(1, target[:, None])[:, 0], mask)        # (b, T)
     with torch.no_grad():
@@ -311,9 +313,10 @@ def micro_batches(rollout, rows, max_tokens):
 
 @torch.no_grad()
 def rescore(model, rollout, temperature=1.0, replay=False, head=None, micro_tokens=2048):
-    """The rollout with the log-probs and routes that the trainer's pass over it gives, in place of
-    the sampler's; and the values (B, T) of a critic's `head`, if there is one."""
-    logp, routes, values = rollout.logp.clone(), rollout.routes.clone(), 0 * rollout.logp
+    """The rollout with the log-probs and routes that a pass of the trainer gives, in place of the
+    sampler's, and the values (B, T) of a critic's `head`, 0 without one."""
+    logp, routes = rollout.logp.clone(), rollout.routes.clone()
+    values = torch.zeros_like(logp)
     for rows in micro_batches(rollout, torch.arange(len(logp), device=logp.device), micro_tokens):
         logp[rows], out, _, _ = score(model, rollout, rows, temperature, replay)
         routes[:, rows, :out.routes.shape[2]] = out.routes.to(routes.dtype)
@@ -324,41 +327,43 @@ def rescore(model, rollout, temperature=1.0, replay=False, head=None, micro_toke
 
 def update(model, optimizer, rollout, advantages, algorithm, clip_low, clip_high, mini_batches=4,
            temperature=1.0, max_grad_norm=1.0, micro_tokens=2048, max_length=None, replay=False,
-           kl_coef=0.0, logp_ref=None, critic=None):
+           kl_coef=0.0, logp_ref=None, critic=None, steps=None):
     """One optimiser step per mini-batch of whole groups; returns one dict of metrics per step.
 
     advantages (B,) or (B, T)
-    max_length      the longest response there can be, by which dr_grpo divides
+    max_length      the longest response there can be, by which dr_grpo divides; else the width T
     replay          activate the rollout's experts, not those that the router would choose now
     kl_coef         weight of the KL to a reference, whose log-probs are `logp_ref` (B, T)
-    critic          PPO's Critic; the optimizer moves its head as well
-    The rollout's log-probs and routes stay what they were when it was sampled: in the first
-    mini-batch every ratio is 1, later ones have drifted. One without any signal has no step. Raises
+    critic          PPO's Critic; the parameters of its head must be in the optimizer
+    steps           only the first so many of the `mini_batches`
+    The rollout stays as it is: in the first mini-batch every ratio is 1, later ones have drifted.
+    One without any signal has no step; responses with A = 0 are not in the metrics. Raises
     FloatingPointError, before the step, if the loss or the gradient is not finite."""
-    all_rows, metrics = torch.arange(len(rollout.tokens), device=rollout.tokens.device), []
+    (B, T), device, metrics = rollout.logp.shape, rollout.logp.device, []
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    all_rows = all_rows.view(len(rollout.prompts), -1)                             # (P, G)
-    for index, groups in enumerate(all_rows.tensor_split(mini_batches)):
-        rows, weights = groups.flatten(), torch.zeros_like(rollout.logp[:, 0])      # (b,), (B,)
-        weights[rows] = ALGORITHMS[algorithm].weight(rollout.lengths[rows].float(), max_length)
-        if not (kl_coef or critic):     # A = 0 has no gradient: not computed, but weighed above
-            rows = rows[advantages[rows] != 0]
+    # A = 0 has no gradient: such rows are not computed, though the weights take them in.
+    computed = advantages.view(B, -1).any(dim=1) | bool(kl_coef or critic)         # (B,)
+    groups_rows = torch.arange(B, device=device).view(len(rollout.prompts), -1)     # (P, G)
+    for index, groups in enumerate(groups_rows.tensor_split(mini_batches)[:steps]):
+        rows, weights = groups.flatten(), torch.zeros(B, device=device)             # (b,), (B,)
+        weights[rows] = ALGORITHMS[algorithm].weight(rollout.lengths[rows].float(), max_length or T)
+        rows = rows[computed[rows]]
         if len(rows) == 0:
             continue
         optimizer.zero_grad()
         losses, parts = [], []
         for part in micro_batches(rollout, rows, micro_tokens):
             logp, out, entropy, routing = score(model, rollout, part, temperature, replay)
-            mask, even = rollout.mask[part], 1 / (groups.numel() * rollout.lengths[part])
+            mask, mean_weight = rollout.mask[part], 1 / (groups.numel() * rollout.lengths[part])
             loss, clipped = policy_loss(algorithm, logp, rollout.logp[part], advantages[part], mask,
                                         clip_low, clip_high, weights[part])
             losses.append(loss.detach())
             if kl_coef:
-                loss = loss + kl_coef * kl_loss(logp, logp_ref[part], mask, even)
+                loss = loss + kl_coef * kl_loss(logp, logp_ref[part], mask, mean_weight)
             if critic:
                 values = spread(critic.head(out.hidden)[:, 0], mask)                # (b, T)
                 loss = loss + VALUE_COEF * value_loss(values, critic.values[part],
-                                                      critic.returns[part], mask, even)
+                                                      critic.returns[part], mask, mean_weight)
             loss.backward()
             parts.append((part, logp.detach(), clipped, entropy, *routing))
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm).item()

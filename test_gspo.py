@@ -1,6 +1,7 @@
-"""GSPO as a list of its properties; run `pytest`. Equation numbers are those of arXiv 2507.18071.
+"""GSPO as a list of its properties; run `python -m pytest`.
 
-Expected values come from closed forms, enumeration, finite differences or slow obvious versions."""
+Equation numbers are those of arXiv 2507.18071. Expected values come from closed forms, enumeration,
+finite differences or slow obvious versions."""
 from functools import partial
 from math import exp, inf, log, nan, sqrt
 
@@ -13,8 +14,6 @@ import gspo
 import moe
 
 ALGORITHMS = tuple(gspo.ALGORITHMS)
-CLIPPED = [name for name, a in gspo.ALGORITHMS.items() if a.term in (gspo.gspo, gspo.gspo_token,
-                                                                      gspo.grpo, gspo.gmpo)]
 every_algorithm = pytest.mark.parametrize("algorithm", ALGORITHMS)
 tensor = partial(torch.tensor, dtype=torch.float64)
 
@@ -267,10 +266,11 @@ def test_ppo_pays_the_last_token_and_clips_the_values():
         assert error.item() == approx(loss)
         assert torch.autograd.grad(error, value)[0].item() == approx(slope)
 
-def test_the_overlong_penalty_of_dapo():
-    lengths = torch.tensor([80, 81, 90, 100, 101])
-    assert gspo.overlong_penalty(lengths, 100, 20).tolist() == approx([0, -0.05, -0.5, -1, -1])
-    assert gspo.overlong_penalty(lengths, 100, 0).tolist() == [0] * 5
+def test_weights_of_tokens_that_the_sampler_saw_otherwise():
+    ratio = tensor([[0.1, 0.6, 1, 3, 9]])
+    for kind, expected in ("tis", [0.1, 0.6, 1, 2, 2]), ("icepop", [0, 0.6, 1, 3, 0]):
+        weights = gspo.mismatch_weights(kind, ratio.log() - 2, 0 * ratio - 2)
+        assert_close(weights, tensor([expected]))
 
 def test_kl_is_that_of_the_old_policy_to_the_new_one():
     old, new = tensor([0.5, 0.25, 0.25]), tensor([0.2, 0.5, 0.3])

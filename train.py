@@ -9,7 +9,7 @@
 
     1  cold start   imitate a teacher who thinks now and then, slips and guesses    cold_start
     2  evaluate     on held-out problems                                            evaluate
-    3  RL           sample, reward, advantages, update; again                       reinforce
+    3  RL           sample, reward, advantages, update; again                       rl
     4  report       what happened, in words, numbers and curves                     report
 
 All chance comes from (seed, stage, step). So a checkpoint needs only the weights, the optimiser and
@@ -34,6 +34,7 @@ import gspo
 import moe
 from data import demonstrations
 from data.options import fail, option, parse
+from data.responses import explore, held_out_problems, respond
 from data.tokenizer import Tokenizer
 from results import inspection, report
 
@@ -80,7 +81,10 @@ class Config:
     temperature: float = option(1.0, "of sampling and of scoring: the policy as it is", 0.01, 100)
     max_new_tokens: int = option(64, "a response without an end by then is worth 0", 1, 1000)
     max_grad_norm: float = option(1.0, "longer gradients are shortened to this", 1e-6)
+    sampler: str = option("float32", "precision to sample in", choices=("float32", "bfloat16"))
     recompute_logp_old: bool = option(False, "score again, do not trust the sampler's log-probs")
+    correction: str = option("none", "score again and weigh tokens by how far off the sampler was",
+                             choices=("none", "tis", "icepop"))
     # The run.
     eval_every: int = option(100, "RL steps from one held-out evaluation to the next", 1)
     save_every: int = option(50, "RL steps from one checkpoint to the next", 1)
@@ -91,7 +95,7 @@ class Config:
 
     def __post_init__(self):
         """Fill in what depends on the algorithm."""
-        _, _, clip, scale = gspo.ALGORITHMS[self.algorithm]
+        term, _, clip, scale = gspo.ALGORITHMS[self.algorithm]
         # The paper's 3e-4 and 4e-4 belong to responses of thousands of tokens. In one of 30 tokens
         # a single one moves the mean log-ratio far more: ten times the range learned faster on all
         # of five seeds.
@@ -101,6 +105,11 @@ class Config:
                 raise ValueError(f"argument --{name}: {self.algorithm} has no such thing")
             if getattr(self, name) is None:
                 setattr(self, name, default)
+        if self.correction != "none" and term in gspo.PER_RESPONSE:
+            raise ValueError(f"argument --correction: it weighs tokens, {self.algorithm} whole "
+                             "responses; gspo_token can have it")
+        if self.overlong > self.max_new_tokens:
+            raise ValueError("argument --overlong: at most --max_new_tokens")
 
 
 MAX_PROMPT = 64     # tokens
@@ -154,37 +163,9 @@ def cold_start(config, task, tokenizer, model, fresh):
 
 # ---------------------------------------------------------------------------- 2 the evaluation
 
-class Response(NamedTuple):
-    problem: object
-    text: str | None    # without `<end>`; None if it was cut before it, which is worth 0
-    reward: float
-    length: int         # tokens
-
-
-def respond(config, task, tokenizer, model, problems, n, generator=None):
-    """Sample n responses to each problem, or the greedy one if there is no generator, and reward
-    them -> the rollout and, row by row, a list of Response."""
-    rollout = moe.generate(model, [tokenizer.encode(problem.prompt) for problem in problems], n,
-                           config.max_new_tokens, config.temperature, tokenizer.end, tokenizer.pad,
-                           generator, greedy=generator is None)
-    responses = []
-    for i, length in enumerate(rollout.lengths.tolist()):
-        problem, row = problems[i // n], rollout.tokens[i, :length].tolist()
-        text = tokenizer.decode(row[:-1]) if row[-1] == tokenizer.end else None
-        reward = 0.0 if text is None else float(task.reward(problem, text))
-        responses.append(Response(problem, text, reward, length))
-    return rollout, responses
-
-
-def test_problems(task):
-    """The task's held-out set; if it has none, fresh problems from the training distribution."""
-    return task.held_out() if hasattr(task, "held_out") else \
-        [task.sample(random.Random(f"held out {i}")) for i in range(400)]
-
-
 def evaluate(config, task, tokenizer, model):
     """On held-out problems, 4 sampled responses and the greedy one each -> numbers, the sampled."""
-    problems = test_problems(task)
+    problems = held_out_problems(task)
     _, greedy = respond(config, task, tokenizer, model, problems, 1)
     _, sampled = respond(config, task, tokenizer, model, problems, 4,
                          torch.Generator().manual_seed(config.seed))
@@ -206,7 +187,8 @@ def new_learner(config, model, state):
     head = reference = None
     if config.algorithm == "ppo":
         head = torch.nn.Linear(config.d_model, 1).to(model.embed.weight.device)
-        torch.nn.init.zeros_(head.weight)
+        for parameter in head.parameters():
+            torch.nn.init.zeros_(parameter)
         head.load_state_dict(state.get("head", head.state_dict()))
     if config.kl_coef:
         reference = copy.deepcopy(model)
@@ -218,70 +200,49 @@ def new_learner(config, model, state):
     return Learner(model, optimizer, head, reference)
 
 
-def explore(config, task, tokenizer, model, step):
-    """Sample P groups of G responses and reward them -> rollout, rewards (P, G), all Responses.
-
-    With --dynamic_sampling groups that are all right or all wrong are put back and new ones drawn.
-    What is still missing after the last round is filled up with such groups."""
-    rng, P, G = random.Random(f"{config.seed} rl {step}"), config.prompts, config.group_size
-    rollouts, groups, rewards, responses, missing = [], [], [], [], P
-    for rounds_left in reversed(range(config.sampling_rounds if config.dynamic_sampling else 1)):
-        rollout, new = respond(config, task, tokenizer, model, [task.sample(rng) for _ in range(P)],
-                               G, torch.Generator().manual_seed(rng.getrandbits(63)))
-        reward = torch.tensor([response.reward for response in new]).view(P, G)
-        silent = reward.amax(dim=1) == reward.amin(dim=1)                   # (P,)
-        n_signal = int((~silent).sum())
-        if config.dynamic_sampling and not rounds_left and n_signal < missing:
-            print(f"  step {step}: after {config.sampling_rounds} rounds of sampling "
-                  f"{missing - n_signal} of {P} groups have no signal; see --sampling_rounds")
-        take = silent.int().argsort(stable=True)[:min(missing, n_signal if rounds_left else P)]
-        rollouts.append(rollout), groups.append(take.sort().values.tolist())
-        rewards.append(reward[groups[-1]]), responses.extend(new)
-        missing -= len(take)
-        if not missing:
-            break
-    return moe.Rollout.join(rollouts, groups), torch.cat(rewards), responses
-
-
-def learn(config, learner, rollout, rewards, mini_batches):
-    """Move the model towards the better responses -> a dict of metrics for every optimiser step,
-    and one for the whole step."""
-    began, device, logp_ref, critic, extra = time.time(), rollout.logp.device, None, None, {}
-    if config.recompute_logp_old or config.routing_replay == "r2" or learner.head:
+def prepare(config, learner, rollout, rewards):
+    """Everything that gspo.update wants to know of a rollout -> the rollout (scored again where an
+    option asks for it), advantages, further arguments, metrics."""
+    sampled, replay, extra, began = rollout.logp, config.routing_replay, {}, time.time()
+    corrected, logp_ref, critic = config.correction != "none", None, None
+    if config.recompute_logp_old or corrected or replay == "r2" or learner.head:
         rollout, values = gspo.rescore(learner.model, rollout, config.temperature,
-                                       config.routing_replay == "r3", learner.head)
-    extra["seconds_rescoring"] = time.time() - began
-    # 3 advantages: how good is a response beside its siblings?
-    rewards = rewards.to(device) + gspo.overlong_penalty(
-        rollout.lengths, config.max_new_tokens, config.overlong).view(rewards.shape)    # (P, G)
+                                       replay=replay == "r3", head=learner.head)
+        extra["seconds_rescoring"] = time.time() - began
+    mean_weight = gspo.seq_mean_token_mean(rollout.lengths, None)                       # (B,)
+    if learner.reference:
+        logp_ref = gspo.rescore(learner.reference, rollout, config.temperature)[0].logp
+        extra["kl_ref"] = gspo.kl_loss(rollout.logp, logp_ref, rollout.mask, mean_weight).item()
+    rewards = rewards.to(rollout.logp.device)                                           # (P, G)
     if learner.head:
         advantages, critic = gspo.ppo_advantages(rollout, learner.head, values, rewards.flatten(),
                                                  config.gamma, config.gae_lambda)       # (B, T)
         extra["value_error"] = (critic.returns - values)[rollout.mask].square().mean().item()
     else:
         advantages = gspo.group_advantages(rewards, config.scale).flatten()             # (B,)
-    if learner.reference:
-        logp_ref = gspo.rescore(learner.reference, rollout, config.temperature)[0].logp
-        extra["kl_ref"] = gspo.kl_loss(rollout.logp, logp_ref, rollout.mask,
-                                       1 / (len(logp_ref) * rollout.lengths)).item()
-    # 4 ratio, 5 clip and 6 update: `mini_batches` times, each with its own groups
-    return gspo.update(
-        learner.model, learner.optimizer, rollout, advantages, config.algorithm, config.clip_low,
-        config.clip_high, mini_batches, config.temperature, config.max_grad_norm,
-        max_length=config.max_new_tokens, replay=config.routing_replay != "none",
-        kl_coef=config.kl_coef, logp_ref=logp_ref, critic=critic), extra
+    if corrected:
+        advantages = advantages.view(len(sampled), -1) * gspo.mismatch_weights(
+            config.correction, rollout.logp, sampled)                                   # (B, T)
+    return rollout, advantages, dict(
+        algorithm=config.algorithm, clip_low=config.clip_low, clip_high=config.clip_high,
+        mini_batches=config.mini_batches, temperature=config.temperature,
+        max_grad_norm=config.max_grad_norm, max_length=config.max_new_tokens,
+        replay=replay != "none", kl_coef=config.kl_coef, logp_ref=logp_ref, critic=critic), extra
 
 
 def rl_step(config, task, tokenizer, learner, step):
-    """GSPO's six steps -> the row of metrics.csv, the rows of updates.csv."""
+    """One step of RL -> the row of metrics.csv, the rows of updates.csv."""
     began = time.time()
     # 1 sample G responses to each of P problems, 2 reward them
     rollout, rewards, responses = explore(config, task, tokenizer, learner.model, step)
-    updates, extra = learn(config, learner, rollout, rewards, config.mini_batches)
+    # 3 advantages: how good is a response beside its siblings?
+    rollout, advantages, options, extra = prepare(config, learner, rollout, rewards)
+    # 4 ratio, 5 clip and 6 update: `mini_batches` times, each with its own groups
+    updates = gspo.update(learner.model, learner.optimizer, rollout, advantages, **options)
     seconds = time.time() - began
-    if step == 1 and config.routing_replay != "none":
-        print(f"  routing replay {config.routing_replay}: {extra['seconds_rescoring']:.2f} s of "
-              f"{seconds:.2f} s went into a pass that records the experts, "
+    if step == 1 and options["replay"]:
+        print(f"  routing replay {config.routing_replay}: a pass that records the experts took "
+              f"{extra.get('seconds_rescoring', 0):.3f} of {seconds:.3f} s; the record has "
               f"{rollout.routes.nbytes / 1024:.0f} KiB")
     return report.response_stats(responses) | report.means(updates) | extra | {
         "step": step, "seconds": seconds,
@@ -289,7 +250,7 @@ def rl_step(config, task, tokenizer, learner, step):
         "tokens_per_second": sum(response.length for response in responses) / seconds}, updates
 
 
-def reinforce(config, task, tokenizer, model, state, folder):
+def rl(config, task, tokenizer, model, state, folder):
     """RL from step state["step"] to config.steps: logged, evaluated and saved on the way."""
     learner = new_learner(config, model, state)
     first, began, seconds_before = state["step"], time.time(), state["seconds_rl"]
@@ -318,6 +279,7 @@ def reinforce(config, task, tokenizer, model, state, folder):
             state["evaluation"], sampled = evaluate(config, task, tokenizer, model)
             row |= {name: state["evaluation"][name] for name in ("accuracy", "accuracy_greedy")}
         state["step"], state["seconds_rl"] = step, seconds_before + time.time() - began
+        state["responses"] += row["responses"]
         log.write(row, updates)
         left = (time.time() - began) / (step - first) * (config.steps - step)
         report.print_row(row, state["evaluation"]["accuracy"], left)
@@ -332,21 +294,21 @@ def reinforce(config, task, tokenizer, model, state, folder):
 
 
 def inspect_update(config, task, tokenizer, model, state):
-    """Make a step in memory up to its last mini-batch, and print what that would work with."""
-    learner, n = new_learner(config, model, state), max(2, config.mini_batches)
-    with_signal = dataclasses.replace(config, dynamic_sampling=True)
-    rollout, rewards, _ = explore(with_signal, task, tokenizer, model, state["step"] + 1)
-    *earlier, last = (part.tolist() for part in torch.arange(config.prompts).tensor_split(n))
-    earlier = sum(earlier, [])
-    learn(config, learner, moe.Rollout.join([rollout], [earlier]), rewards[earlier], n - 1)
-    print(f"{config.out}, {config.algorithm}, RL step {state['step'] + 1}, in memory: {n - 1} of "
-          f"{n} optimiser steps are made. The responses of the\nlast one were sampled before them; "
-          "these two have the tokens whose probability has changed most since.")
-    options = [config] if config.algorithm in ("gspo", "grpo") else []
-    ranges = {c.algorithm: (c.clip_low, c.clip_high)
-              for c in (Config(algorithm="gspo"), Config(algorithm="grpo"), *options)}
-    inspection.show(config, tokenizer, model, moe.Rollout.join([rollout], [last]), rewards[last],
-                    ranges)
+    """Make all but the last optimiser step of the next RL step, in memory, and show that one's
+    responses: what they are to the model that has moved since it sampled them."""
+    learner, n = new_learner(config, model, state), config.mini_batches
+    signal_only = dataclasses.replace(config, dynamic_sampling=True)
+    sampled, rewards, _ = explore(signal_only, task, tokenizer, model, state["step"] + 1)
+    rollout, advantages, options, _ = prepare(config, learner, sampled, rewards)
+    gspo.update(model, learner.optimizer, rollout, advantages, **options, steps=max(1, n - 1))
+    groups = torch.arange(config.prompts).tensor_split(n)[-1].tolist()
+    rows = [g * config.group_size + i for g in groups for i in range(config.group_size)]
+    print(f"{config.out}, {config.algorithm}, RL step {state['step'] + 1}, in memory: "
+          f"{max(1, n - 1)} of {n} optimiser steps are made.")
+    like = {"gspo": ("gspo", "gspo_token"), "grpo": ("grpo", "ppo", "dr_grpo", "dapo")}
+    ranges = {name: (c.clip_low, c.clip_high) for name, family in like.items()
+              for c in [config if config.algorithm in family else Config(algorithm=name)]}
+    inspection.show(config, tokenizer, model, rollout, rewards, advantages, rows, ranges)
 
 
 # ---------------------------------------------------------------------------- the whole job
@@ -359,10 +321,10 @@ def begin(config, task, tokenizer, model, fresh):
     report.show(evaluation, scored, Path(config.out) / "samples.txt", "after the cold start")
     rng = random.Random("the teacher")
     teacher = report.mean(task.reward(problem, task.demonstrate(problem, rng))
-                          for problem in test_problems(task) for _ in range(10))
-    return {"step": 0, "seconds_rl": 0.0, "cold_start": evaluation, "evaluation": evaluation,
-            "accuracy_teacher": teacher, "seconds_cold_start": seconds,
-            "seconds_before_rl": seconds + time.time() - began}
+                          for problem in held_out_problems(task) for _ in range(10))
+    return {"step": 0, "responses": 0, "seconds_rl": 0.0, "seconds_cold_start": seconds,
+            "seconds_before_rl": seconds + time.time() - began, "accuracy_teacher": teacher,
+            "cold_start": evaluation, "evaluation": evaluation}
 
 
 def build(config, task, state):
@@ -391,7 +353,7 @@ def run(config, task, todo, state, tokenizer, model):
     state["options"] = dataclasses.asdict(config) | dataclasses.asdict(task)
     (folder / "config.json").write_text(json.dumps(state["options"], indent=2) + "\n")
     print(f"3 RL: {config.algorithm}, steps {state['step'] + 1} to {config.steps}, in {folder}")
-    reinforce(config, task, tokenizer, model, state, folder)
+    rl(config, task, tokenizer, model, state, folder)
     report.finish(config, state, folder)
 
 

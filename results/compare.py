@@ -59,8 +59,9 @@ def measure(name, options, seed):
     out = Path("out") / f"{''.join(c for c in name if c.isalnum())}-{seed}"
     command = ["train.py", *options, "--seed", str(seed)]
     commit = shell("git", "describe", "--always", "--dirty", "--exclude", "*")
-    goes_on = ["--resume"] if (out / "checkpoint.pt").exists() else command[1:]
-    subprocess.run([sys.executable, command[0], *goes_on, "--out", str(out)], check=True)
+    if not (out / "summary.json").exists():
+        goes_on = ["--resume"] if (out / "checkpoint.pt").exists() else []
+        subprocess.run([sys.executable, *command, *goes_on, "--out", str(out)], check=True)
     with open(out / "metrics.csv", newline="") as file:
         every = list(csv.DictReader(file))
     steps = every[:COMPARED]

@@ -1,8 +1,9 @@
 """The page of `python train.py --inspect`: what an update does to a response, token by token.
 
-GRPO has a weight for every token, GSPO one for the whole response; both stand beside the experts
-that worked on the token when it was sampled and after the update."""
+GRPO has a ratio for every token, GSPO one for the whole response. Both stand beside the experts
+that predicted the token: when it was sampled and, where that is not the same, after the update."""
 import sys
+from typing import NamedTuple
 
 import torch
 
@@ -34,35 +35,42 @@ def experts(old, new):
 
 
 def bracket(lines, text):
-    """One mark for many lines: GSPO's weight, in the middle of a bracket."""
+    """One mark for many lines: GSPO's ratio, in the middle of a bracket."""
     marks = ["╮", *"│" * (lines - 2), "╯"] if lines > 1 else ["╴"]
     marks[(lines - 1) // 2] = ("├ " if lines > 2 else marks[0] + " ") + text
     return marks
 
 
-def measure(model, rollout, row, advantage, temperature, ranges):
-    """-> log w (n,), s, clipped by objective {name: (n,)}, experts before and after (n, L, K)."""
+class Seen(NamedTuple):
+    """A response of n tokens after the update."""
+    log_w: torch.Tensor     # (n,)
+    s: float
+    clipped: dict           # {"grpo": (n,), "gspo": (n,)}
+    routing: list           # experts at sampling and now (n, L, K), router's probabilities
+
+
+def measure(config, model, rollout, row, advantage, ranges):
+    """Score one row again -> Seen."""
     row = torch.tensor([row], device=rollout.tokens.device)
     with torch.no_grad():
-        logp, _, _, (old, new, _) = gspo.score(model, rollout, row, temperature)
+        logp, _, _, routing = gspo.score(model, rollout, row, config.temperature,
+                                         config.routing_replay != "none")
     mask, logp_old = rollout.mask[row], rollout.logp[row]
     r = gspo.ratios(logp, logp_old, mask)
     clipped = {name: gspo.policy_loss(name, logp, logp_old, advantage[None], mask, *clip)[1][mask]
                for name, clip in ranges.items()}
-    return r.log_w[mask], r.log_s[0, 0].exp().item(), clipped, old, new
+    return Seen(r.log_w[mask], r.log_s[0, 0].exp().item(), clipped, routing)
 
 
-def page(tokens, log_w, s, clipped, old, new, largest, ranges):
+def page(tokens, seen, largest, ranges):
     """The lines of one response's table and of its summary."""
-    L, K = old.shape[1:]
-    # A cell has to hold two sets of experts; the deepest layers are shown if there are too many.
-    cell = max(len(experts(o, n)) for o, n in zip(old.flatten(0, 1).tolist(),
-                                                  new.flatten(0, 1).tolist())) + 2
-    cell = max(cell, len(f"layer {L - 1}") + 2)
-    layers = range(max(0, L - (WIDTH - 82) // cell), L)     # the other columns take 82
+    log_w, s, clipped, (old, new, probs) = seen
+    (n, L, _), pairs = old.shape, zip(old.flatten(0, 1).tolist(), new.flatten(0, 1).tolist())
+    cell = 2 + max(len(f"layer {L - 1}"), *(len(experts(*pair)) for pair in pairs))
+    layers = range(max(0, L - (WIDTH - 82) // cell), L)     # the deepest: the rest takes 82 columns
     axis = f"{-largest:<+{BAR // 2}.2g}0{largest:>+{BAR // 2}.2g}"
     yield paint("  token     " + "".join(f"layer {i}".ljust(cell) for i in layers)
-                + f"   log w   {axis}   GRPO's weight      GSPO's weight", "dim")
+                + f"   log w   {axis}   w, GRPO's ratio    s, GSPO's ratio", "dim")
     one = bracket(len(tokens), f"{s:.4f} " + ("clipped" if clipped["gspo"].any() else "kept"))
     for t, token in enumerate(tokens):
         cells = ""
@@ -77,32 +85,36 @@ def page(tokens, log_w, s, clipped, old, new, largest, ranges):
         yield (f"  {token:<10}{cells}{paint(format(log_w[t].item(), '+8.4f'), *style)}   "
                f"{bar(log_w[t].item(), largest)}   {paint(weight, *style)}   "
                + paint(one[t], "red" if clipped["gspo"].any() else "green"))
-    changed = gspo.routing_stats(old, new, torch.zeros(*old.shape[:2], 256))["expert_change"]
+    changed = gspo.routing_stats(old, new, probs)["expert_change"]
     w, low, high = log_w.exp(), *ranges["gspo"]
-    yield (f"  {sum(changed) / L:.1%} of the active experts changed. GRPO's weights go from "
-           f"{w.min():.4f} to {w.max():.4f}, {clipped['grpo'].sum()} of {len(tokens)} are clipped;")
+    yield (f"  {sum(changed) / L:.1%} of the active experts changed. GRPO's ratios go from "
+           f"{w.min():.4f} to {w.max():.4f}, {clipped['grpo'].sum()} of {n} are clipped;")
     yield (f"  GSPO's is {s:.4f}, clipped below {1 - low:g} if A < 0, above {1 + high:g} if A > 0.")
 
 
-def show(config, tokenizer, model, rollout, rewards, ranges):
-    """Print, for the right and the wrong response whose tokens have moved most, what they are to
-    the next optimiser step. `rollout` was sampled before the update, `model` is the one after it;
-    rewards (P, G); `ranges` has a clip range for "grpo" and for "gspo"."""
+def show(config, tokenizer, model, rollout, rewards, advantages, rows, ranges):
+    """Print, of the chosen rows, the right and the wrong response whose tokens have moved most.
+
+    `rollout` was sampled before the update and has rewards (P, G) and advantages (B,) or (B, T);
+    `model` is as it is after; `ranges` has clip ranges for "grpo" and "gspo"."""
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")        # a terminal without these characters
-    advantages = gspo.group_advantages(rewards).flatten()
-    found = {}
-    for row in advantages.nonzero()[:, 0].tolist():
-        seen = measure(model, rollout, row, advantages[row], config.temperature, ranges)
-        kind = "right" if rewards.flatten()[row] > 0 else "wrong"
-        if kind not in found or seen[0].abs().max() > found[kind][1][0].abs().max():
-            found[kind] = row, seen
-    if not found:
-        print("No group has both a right and a wrong response: there is no lesson to show.")
-    largest = max((seen[0].abs().max().item() for _, seen in found.values()), default=0.0)
-    for kind, (row, seen) in sorted(found.items()):
-        response = rollout.tokens[row, :len(seen[0])].tolist()
-        tokens = [tokenizer.decode([token]) for token in response]
+    if advantages.dim() == 2:       # one number for the response, as GSPO needs it
+        advantages = gspo.response_mean(advantages * rollout.mask, rollout.mask)[:, 0]
+    chosen = {}
+    for row in rows:
+        if advantages[row] != 0:
+            seen = measure(config, model, rollout, row, advantages[row], ranges)
+            kind = "right" if rewards.flatten()[row] > 0 else "wrong"
+            if kind not in chosen or seen.log_w.abs().max() > chosen[kind][1].log_w.abs().max():
+                chosen[kind] = row, seen
+    kinds = " and the ".join(sorted(chosen))
+    print(f"Of {len(rows)} responses to the last one, the {kinds} one whose tokens have changed "
+          "most in probability:" if chosen else "No response has a signal.")
+    largest = max((seen.log_w.abs().max().item() for _, seen in chosen.values()), default=0.0)
+    for kind, (row, seen) in sorted(chosen.items()):
+        response = rollout.tokens[row, :len(seen.log_w)].tolist()
         problem = tokenizer.decode(rollout.prompts[row * len(rollout.prompts) // len(advantages)])
         print("\n" + paint(f"{problem}  {kind}, A = {advantages[row]:+.2f}", "bold"))
-        print(*page(tokens, *seen, largest, ranges), sep="\n")
+        print(*page([tokenizer.decode([token]) for token in response], seen, largest, ranges),
+              sep="\n")

@@ -113,7 +113,7 @@ def response_stats(responses):
     }
     return {f"{name}{kind}": mean(getattr(r, name) for r in those)
             for kind, those in kinds.items() if those for name in ("reward", "length")} | {
-        "think": len(kinds["_thinking"]) / len(responses),
+        "responses": len(responses), "think": len(kinds["_thinking"]) / len(responses),
         "truncated": mean(r.text is None for r in responses)}
 
 
@@ -263,7 +263,7 @@ def finish(config, state, folder):
         "seconds_cold_start": state["seconds_cold_start"], "seconds_rl": state["seconds_rl"],
         "seconds": state["seconds_before_rl"] + state["seconds_rl"],
         "peak_memory_mib": peak_memory_mib(), "steps": state["step"],
-        "responses": state["step"] * config.prompts * config.group_size}
+        "responses": state["responses"]}
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     print("4 report", *summary_lines(summary, config.algorithm), sep="\n  ")
     try:

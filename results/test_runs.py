@@ -1,4 +1,4 @@
-"""The task, the command line and whole runs, as executable statements; `pytest` runs this too."""
+"""The task, the command line and whole runs, as executable statements; run `python -m pytest`."""
 import csv
 import random
 import re
@@ -17,7 +17,7 @@ import torch
 
 import gspo
 import train as train_py
-from data import arithmetic
+from data import arithmetic, responses
 from data.tokenizer import Tokenizer
 
 # ------------------------------------------------------------------------------------ the task
@@ -62,6 +62,12 @@ def test_every_digit_is_a_token_and_an_unknown_character_is_named():
     for wrong in "é", "٣", "x", "<", "<p<end>ad>", "<thi<end>nk>":
         with pytest.raises(ValueError, match=wrong[0]):
             tokenizer.encode("3" + wrong)
+
+def test_the_overlong_penalty_of_dapo():
+    lengths = torch.tensor([80, 81, 90, 100, 101])
+    expected = pytest.approx([0, -0.05, -0.5, -1, -1])
+    assert responses.overlong_penalty(lengths, 100, 20).tolist() == expected
+    assert responses.overlong_penalty(lengths, 100, 0).tolist() == [0] * 5
 
 # ------------------------------------------------------------------------------- the whole job
 
@@ -112,7 +118,10 @@ class Odd(arithmetic.Task):
 
 @pytest.mark.parametrize("options", [
     *[dict(algorithm=name) for name in gspo.ALGORITHMS], dict(recompute_logp_old=True, overlong=9),
-    *[dict(routing_replay=kind) for kind in ("r2", "r3")], dict(kl_coef=0.1)], ids=str)
+    *[dict(routing_replay=kind) for kind in ("r2", "r3")], dict(kl_coef=0.1),
+    dict(prompts=3, algorithm="dr_grpo"), dict(sampler="bfloat16"),
+    dict(sampler="bfloat16", recompute_logp_old=True),
+    dict(sampler="bfloat16", algorithm="gspo_token", correction="icepop")], ids=str)
 def test_every_algorithm_and_every_way_of_routing_trains(options):
     config = train_py.Config(**dict(prompts=8, group_size=4, threads=1, lr=0.003) | options)
     tokenizer, model = train_py.build(config, Odd(), None)
@@ -121,6 +130,9 @@ def test_every_algorithm_and_every_way_of_routing_trains(options):
     for step in (1, 2):
         row, updates = train_py.rl_step(config, Odd(), tokenizer, learner, step)
         assert 0 < row["grad_norm"] < 1000 and updates
+        # In the first mini-batch the ratios are 1, unless the sampler computed otherwise.
+        coarse = config.sampler == "bfloat16" and len(options) == 1
+        assert updates[0]["mini_batch"] or (updates[0]["log_w_std"] > 1e-3) == coarse
     assert all((p != q).any() for p, q in zip(before, model.parameters()))
     assert (row["expert_change"] == 0) == ("routing_replay" in options)
     assert (row.get("kl_ref", 0) > 0) == ("kl_coef" in options)
@@ -130,24 +142,25 @@ def test_every_algorithm_and_every_way_of_routing_trains(options):
 def test_dynamic_sampling_goes_on_until_every_group_has_a_signal_or_says_so(rounds, capsys):
     config = train_py.Config(dynamic_sampling=True, sampling_rounds=rounds, group_size=2, threads=1)
     tokenizer, model = train_py.build(config, Odd(), None)
-    rollout, rewards, responses = train_py.explore(config, Odd(), tokenizer, model, 1)
+    rollout, rewards, asked = responses.explore(config, Odd(), tokenizer, model, 1)
     signal = (rewards[:, 0] != rewards[:, 1]).sum()
     message = f"after 1 rounds of sampling {32 - signal} of 32 groups have no signal"
     assert rewards.shape == (32, 2) and len(rollout.tokens) == 64
     assert (message in capsys.readouterr().out) == (rounds == 1) == (signal < 32)
-    assert len(responses) % 64 == 0 and (len(responses) > 64) == (rounds > 1)
-    texts = [(r.text, r.reward) for r in responses]
+    assert len(asked) % 64 == 0 and (len(asked) > 64) == (rounds > 1)
+    texts = [(r.text, r.reward) for r in asked]
     for row, n, reward in zip(rollout.tokens.tolist(), rollout.lengths, rewards.flatten().tolist()):
         text = tokenizer.decode(row[:n])
         assert (text.removesuffix("<end>") if text.endswith("<end>") else None, reward) in texts
 
-def test_the_page_of_an_update_fits_the_terminal_and_changes_nothing(train, capsys):
-    assert train(*SHORT, "2", "--prompts", "16", "--save_every", "1") == 0
+@pytest.mark.parametrize("options", [(), ("--algorithm", "ppo", "--routing_replay", "r3")])
+def test_the_page_of_an_update_fits_the_terminal_and_changes_nothing(train, capsys, options):
+    assert train(*SHORT, "2", "--prompts", "16", "--save_every", "1", *options) == 0
     before = Path("out/run-1/checkpoint.pt").read_bytes()
     capsys.readouterr()
     assert train("--inspect") == 0
     page = capsys.readouterr().out
-    assert "right, A = +" in page and "wrong, A = -" in page and "GRPO's weight" in page
+    assert "right, A = +" in page and "wrong, A = -" in page and "GRPO's ratio" in page
     assert max(map(len, page.splitlines())) <= 120 and "\033" not in page
     assert Path("out/run-1/checkpoint.pt").read_bytes() == before
 
@@ -172,7 +185,8 @@ def bad_values():
                 ("--resume",), ("--ask", "1+1="), ("--eval_only",), ("--ste", "5"), ("--fresh=1",),
                 ("--task", "tokenizer"), ("--seed", "9" * 400), ("--out", "."), ("--out", "full/x"),
                 ("--device", "cuda"), ("--resume", "--out", "broken"), ("--inspect",),
-                ("--clip_low", "0.1", "--algorithm", "sapo"),
+                ("--clip_low", "0.1", "--algorithm", "sapo"), ("--correction", "tis"),
+                ("--overlong", "65"),
                 ("--scale", "std", "--algorithm", "ppo"))
 
 @pytest.mark.parametrize("arguments", [*bad_values()], ids=" ".join)
