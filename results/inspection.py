@@ -3,6 +3,7 @@
 GRPO has a ratio for every token, GSPO one for the whole response. Both stand beside the experts
 that predicted the token: when it was sampled and, where that is not the same, after the update."""
 import sys
+from math import log
 from typing import NamedTuple
 
 import torch
@@ -62,6 +63,11 @@ def measure(config, model, rollout, row, advantage, ranges):
     return Seen(r.log_w[mask], r.log_s[0, 0].exp().item(), clipped, routing)
 
 
+def contrast(seen):
+    """How far GRPO's ratio and GSPO's are apart, at the token where they differ most."""
+    return (seen.log_w - log(seen.s)).abs().max().item()
+
+
 def page(tokens, seen, largest, ranges):
     """The lines of one response's table and of its summary."""
     log_w, s, clipped, (old, new, probs) = seen
@@ -93,7 +99,7 @@ def page(tokens, seen, largest, ranges):
 
 
 def show(config, tokenizer, model, rollout, rewards, advantages, rows, ranges):
-    """Print, of the chosen rows, the right and the wrong response whose tokens have moved most.
+    """Print, of the chosen rows, the right and the wrong response with the most to see.
 
     `rollout` was sampled before the update and has rewards (P, G) and advantages (B,) or (B, T);
     `model` is as it is after; `ranges` has clip ranges for "grpo" and "gspo"."""
@@ -106,11 +112,11 @@ def show(config, tokenizer, model, rollout, rewards, advantages, rows, ranges):
         if advantages[row] != 0:
             seen = measure(config, model, rollout, row, advantages[row], ranges)
             kind = "right" if rewards.flatten()[row] > 0 else "wrong"
-            if kind not in chosen or seen.log_w.abs().max() > chosen[kind][1].log_w.abs().max():
+            if kind not in chosen or contrast(seen) > contrast(chosen[kind][1]):
                 chosen[kind] = row, seen
     kinds = " and the ".join(sorted(chosen))
-    print(f"Of {len(rows)} responses to the last one, the {kinds} one whose tokens have changed "
-          "most in probability:" if chosen else "No response has a signal.")
+    print(f"Of {len(rows)} responses to the last one, the {kinds} one in which GRPO's ratios and "
+          "GSPO's differ most:" if chosen else "No response has a signal.")
     largest = max((seen.log_w.abs().max().item() for _, seen in chosen.values()), default=0.0)
     for kind, (row, seen) in sorted(chosen.items()):
         response = rollout.tokens[row, :len(seen.log_w)].tolist()
