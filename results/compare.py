@@ -54,11 +54,10 @@ def machine():
     return f"{model}, 2 threads"
 
 
-def measure(name, options, seed):
+def measure(name, options, seed, commit):
     """One run -> its row: its summary, and the compared steps' accuracy, reward and metrics."""
     out = Path("out") / f"{''.join(c for c in name if c.isalnum())}-{seed}"
     command = ["train.py", *options, "--seed", str(seed)]
-    commit = shell("git", "describe", "--always", "--dirty", "--exclude", "*")
     if not (out / "summary.json").exists():
         goes_on = ["--resume"] if (out / "checkpoint.pt").exists() else []
         subprocess.run([sys.executable, *command, *goes_on, "--out", str(out)], check=True)
@@ -66,7 +65,7 @@ def measure(name, options, seed):
         every = list(csv.DictReader(file))
     steps = every[:COMPARED]
     means = {column: statistics.fmean(float(row[column]) for row in steps if row[column])
-             for column in MEANS}
+             for column in MEANS if any(row[column] for row in steps)}
     return {"setting": name, "seed": seed, "command": "python " + " ".join(command),
             "commit": commit, "machine": machine(),
             **json.loads((out / "summary.json").read_text()),
@@ -98,14 +97,16 @@ def print_table():
 
 
 def main():
+    # Asked once: the table that is written makes the checkout dirty.
+    commit = shell("git", "describe", "--always", "--dirty", "--exclude", "*")
     for name, (options, seeds) in SETTINGS.items():
         for seed in seeds:
             rows = read()
             if any(row["setting"] == name and row["seed"] == str(seed) for row in rows):
                 continue
-            rows.append(measure(name, options, seed))
+            rows.append(measure(name, options, seed, commit))
             with open(f"{TABLE}.part", "w", newline="") as file:
-                writer = csv.DictWriter(file, rows[-1])
+                writer = csv.DictWriter(file, dict.fromkeys(key for row in rows for key in row))
                 writer.writeheader()
                 writer.writerows(rows)
             os.replace(f"{TABLE}.part", TABLE)
