@@ -304,15 +304,17 @@ def score(model, rollout, rows, temperature=1.0, replay=False):
 
 
 def micro_batches(rollout, rows, max_tokens):
-    """Cut the rows (b,) into parts of similar length, of at most `max_tokens` or of one row."""
+    """Cut the rows (b,) into parts of similar length, of about `max_tokens` each."""
     prompt_lengths = torch.tensor([len(prompt) for prompt in rollout.prompts], device=rows.device)
     group_size = len(rollout.tokens) // len(rollout.prompts)
     lengths = prompt_lengths[rows // group_size] + rollout.lengths[rows]   # (b,)
-    return rows[lengths.argsort(stable=True)].split(max(1, max_tokens // int(lengths.max())))
+    lengths, order = lengths.sort(stable=True)
+    sizes = (lengths.cumsum(dim=0) // max_tokens).bincount().tolist()
+    return [part for part in rows[order].split(sizes) if len(part)]
 
 
 @torch.no_grad()
-def rescore(model, rollout, temperature=1.0, replay=False, head=None, micro_tokens=2048):
+def rescore(model, rollout, temperature=1.0, replay=False, head=None, micro_tokens=4096):
     """The rollout with the log-probs and routes that a pass of the trainer gives, in place of the
     sampler's, and the values (B, T) of a critic's `head`, 0 without one."""
     logp, routes = rollout.logp.clone(), rollout.routes.clone()
@@ -326,7 +328,7 @@ def rescore(model, rollout, temperature=1.0, replay=False, head=None, micro_toke
 
 
 def update(model, optimizer, rollout, advantages, algorithm, clip_low, clip_high, mini_batches=4,
-           temperature=1.0, max_grad_norm=1.0, micro_tokens=2048, max_length=None, replay=False,
+           temperature=1.0, max_grad_norm=1.0, micro_tokens=4096, max_length=None, replay=False,
            kl_coef=0.0, logp_ref=None, critic=None, steps=None):
     """One optimiser step per mini-batch of whole groups; returns one dict of metrics per step.
 

@@ -19,8 +19,7 @@ The letters in shape comments:
     L layers    E experts                K active       D width    F expert width   V vocabulary
     H query heads   J key/value heads    C head width   N = B*T tokens in one list   b rows alive
 """
-from dataclasses import asdict, dataclass
-from functools import reduce
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -63,53 +62,92 @@ class Output(NamedTuple):
 
 
 class KVCache:
-    """Keys and values of B rows, one slot per position: slot s of row b holds position s."""
-    def __init__(self, config, n_rows, n_slots, device, dtype):
+    """Keys and values of B rows. Prompts are padded on the left, so that all rows stand at the same
+    slot: slot s of row b holds its position s - start[b]."""
+    def __init__(self, config, start, n_slots, dtype):
         C = config.d_model // config.n_head
-        self.kv = torch.zeros(config.n_layer, 2, n_rows, config.n_kv_head, n_slots, C,
-                              device=device, dtype=dtype)                # (L, 2, B, J, S, C)
+        self.start, self.used = start, 0                                # (B,), slots
+        self.kv = torch.zeros(config.n_layer, 2, len(start), config.n_kv_head, n_slots, C,
+                              device=start.device, dtype=dtype)         # (L, 2, B, J, S, C)
 
-    def write(self, layer, positions, k, v):
-        """Put k, v (B, J, T, C) into slots `positions` (B, T) -> all slots (B, J, S, C), twice."""
-        rows = torch.arange(len(positions), device=positions.device)[:, None]
-        # Indexing with (B, T) tensors around a slice puts their axes first: (B, T, J, C).
-        self.kv[layer, 0][rows, :, positions] = k.transpose(1, 2)
-        self.kv[layer, 1][rows, :, positions] = v.transpose(1, 2)
-        return self.kv[layer, 0], self.kv[layer, 1]
+    def advance(self, T):
+        """Make room for T tokens -> their positions (B, T), and True where they must not look, at
+        padding and at what comes later: (B, 1, 1, T, S)."""
+        self.used += T
+        slots = torch.arange(self.used, device=self.start.device)       # (S,)
+        start, now = self.start[:, None], slots[-T:]                    # (B, 1), (T,)
+        hidden = (slots < start[:, None]) | (slots > now[:, None])      # (B, T, S)
+        return (now - start).clamp(min=0), hidden[:, None, None]
+
+    def write(self, layer, k, v):
+        """Put k, v (B, J, T, C) into the newest slots -> all used slots (B, J, S, C), twice."""
+        keys, values = self.kv[layer, :, :, :, :self.used]
+        keys[:, :, -k.shape[2]:], values[:, :, -k.shape[2]:] = k, v
+        return keys, values
+
+    def select(self, rows):
+        self.start, self.kv = self.start[rows], self.kv[:, :, rows]
+
+
+class Lines:
+    """Where N tokens stand in B lines of T places: in all of them, or in those numbered `at` (N,).
+    All but attention computes the N tokens alone, and no padding."""
+    def __init__(self, B, T, at=None):
+        self.B, self.T, self.at = B, T, at
+
+    def pad(self, x):
+        """x (N, ...) -> (B, T, ...), 0 in the other places."""
+        if self.at is not None:
+            x = x.new_zeros(self.B * self.T, *x.shape[1:]).index_copy(0, self.at, x)
+        return x.view(self.B, self.T, *x.shape[1:])
+
+    def unpad(self, x):
+        """x (B, T, ...) -> (N, ...)."""
+        x = x.flatten(0, 1)
+        return x if self.at is None else x.index_select(0, self.at)
 
 
 def rotate(x, cos, sin):
-    """Rotary positions (2104.09864): turn each pair (x_i, x_{i+C/2}) of x (B, *, T, C)."""
-    left, right = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-right, left), dim=-1) * sin
+    """Rotary positions (2104.09864): turn each pair (x_i, x_{i+C/2}) of x (N, *, C). The first half
+    of `sin` is negative."""
+    return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
 
 
 class Attention(nn.Module):
     """Causal attention; H/J query heads share one key/value head (GQA, 2305.13245)."""
     def __init__(self, config, layer):
         super().__init__()
-        D, J, C = config.d_model, config.n_kv_head, config.d_model // config.n_head
-        self.layer, self.C = layer, C
-        self.q = nn.Linear(D, D, bias=False)                            # D = H * C
-        self.k = nn.Linear(D, J * C, bias=False)
-        self.v = nn.Linear(D, J * C, bias=False)
+        D, H, J = config.d_model, config.n_head, config.n_kv_head
+        self.layer, self.H, self.J, self.C = layer, H, J, D // H
+        self.qkv = nn.Linear(D, D + 2 * J * self.C, bias=False)         # D = H * C
         self.o = nn.Linear(D, D, bias=False)
-        self.q_norm = nn.RMSNorm(C, config.norm_eps)
-        self.k_norm = nn.RMSNorm(C, config.norm_eps)
+        self.q_norm = nn.RMSNorm(self.C, config.norm_eps)
+        self.k_norm = nn.RMSNorm(self.C, config.norm_eps)
 
-    def forward(self, x, cos, sin, positions, cache):
-        B, T, _ = x.shape
-        q, k, v = (y.view(B, T, -1, self.C).transpose(1, 2)             # (B, H or J, T, C)
-                   for y in (self.q(x), self.k(x), self.v(x)))
+    def forward(self, x, cos, sin, hidden, cache, lines):
+        """x (N, D), cos and sin (N, 1, C) -> (N, D). `lines` knows where the N tokens stand."""
+        H, J, C = self.H, self.J, self.C
+        q, k, v = self.qkv(x).view(len(x), -1, C).split((H, J, J), dim=1)       # (N, H or J, C)
         q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
-        seen = None
+        q, k, v = (lines.pad(y).transpose(1, 2) for y in (q, k, v))     # (B, H or J, T, C)
+        B, _, T, _ = q.shape
         if cache is not None:
-            # A slot past its row's position holds padding or nothing yet: it must not be seen.
-            k, v = cache.write(self.layer, positions, k, v)             # (B, J, S, C)
-            seen = torch.arange(k.shape[2], device=x.device) <= positions[:, None, :, None]
-        # Without a cache rows are padded on the right: the causal mask alone hides all padding.
-        y = F.scaled_dot_product_attention(q, k, v, seen, is_causal=cache is None, enable_gqa=True)
-        return self.o(y.transpose(1, 2).reshape(B, T, -1))              # (B, T, D)
+            k, v = cache.write(self.layer, k, v)                        # (B, J, S, C)
+        # By hand: for short rows on a CPU twice as fast as scaled_dot_product_attention.
+        q = (q * C ** -0.5).reshape(B, J, H // J * T, C)
+        weights = (q @ k.mT).view(B, J, H // J, T, -1)                  # (B, J, H/J, T, S)
+        weights = weights.masked_fill(hidden, -1e9).softmax(-1).view(B, J, H // J * T, -1)
+        y = (weights @ v).view(B, H, T, C).transpose(1, 2)              # (B, T, H, C)
+        return self.o(lines.unpad(y).flatten(1))
+
+
+def blockwise(x, end, weights):
+    """Block e of the rows of x (n, I), the one that ends before end[e], times weights[e] (O, I),
+    for all e -> (n, O)."""
+    if x.dtype == torch.float64 or x.device.type == "mps":      # F.grouped_mm may know neither
+        blocks = x.tensor_split(end[:-1].tolist())
+        return torch.cat([block @ weight.T for block, weight in zip(blocks, weights)])
+    return F.grouped_mm(x, weights.mT, offs=end)
 
 
 class Experts(nn.Module):
@@ -131,30 +169,30 @@ class Experts(nn.Module):
         gates = probs.gather(1, routes)                                 # (N, K)
         gates = (gates / gates.sum(-1, keepdim=True)).to(x.dtype)
 
-        # Bring the N*K (token, expert) pairs into the order of their experts, so that each expert
-        # works on one contiguous block. `counts` is the one transfer to the host in this layer.
+        # Bring the N*K (token, expert) pairs into the order of their experts: each expert works on
+        # one contiguous block.
         expert_of = routes.flatten()                                    # (N*K,)
         order = expert_of.argsort(stable=True)
-        token_of = order // self.K
-        counts = torch.bincount(expert_of, minlength=len(self.down))    # (E,)
-        blocks = x[token_of].split(counts.tolist())
-        outputs = []
-        for block, gate_up, down in zip(blocks, self.gate_up, self.down):
-            gate, up = (block @ gate_up.T).chunk(2, dim=-1)             # (n_e, F) each
-            outputs.append((F.silu(gate) * up) @ down.T)                # (n_e, D)
-        weighted = torch.cat(outputs) * gates.flatten()[order, None]    # (N*K, D)
-        return torch.zeros_like(x).index_add(0, token_of, weighted), routes, probs
+        end = expert_of.bincount(minlength=len(self.down)).cumsum(0).int()      # (E,)
+        blocks = x.index_select(0, order // self.K)                     # (N*K, D)
+        gate, up = blockwise(blocks, end, self.gate_up).chunk(2, dim=-1)        # (N*K, F) each
+        y = blockwise(F.silu(gate) * up, end, self.down)                # (N*K, D)
+        # And back: y of the K experts of each token, to be added up.
+        back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=x.device))
+        y = y.index_select(0, back).view(*routes.shape, -1)             # (N, K, D)
+        return (gates[:, None] @ y)[:, 0], routes, probs
 
 
 def balance_loss(out):
     """How unevenly the experts of an Output are used: 1 if all are used alike, E/K if only K are.
 
     E * sum over e of (share of the active pairs) * (mean probability), mean over the layers: Switch
-    Transformer (2101.03961) Eq. 4-6. Padding counts."""
-    E = out.probs.shape[-1]
-    counts = torch.stack([routes.flatten().bincount(minlength=E) for routes in out.routes])
-    share = counts / out.routes[0].numel()                              # (L, E)
-    return (E * (share * out.probs.mean((1, 2))).sum(-1)).mean()
+    Transformer (2101.03961) Eq. 4-6. What was not computed has probabilities of 0: left out."""
+    computed = out.probs[0].sum(-1) > 0.5                               # (B, T)
+    routes, probs = out.routes[:, computed], out.probs[:, computed]     # (L, N, K), (L, N, E)
+    E = probs.shape[-1]
+    counts = torch.stack([layer.flatten().bincount(minlength=E) for layer in routes])   # (L, E)
+    return (E * (counts / routes[0].numel() * probs.mean(1)).sum(-1)).mean()
 
 
 class Layer(nn.Module):
@@ -165,17 +203,18 @@ class Layer(nn.Module):
         self.experts_norm = nn.RMSNorm(config.d_model, config.norm_eps)
         self.experts = Experts(config)
 
-    def forward(self, x, cos, sin, positions, cache, routes):
-        x = x + self.attention(self.attention_norm(x), cos, sin, positions, cache)
-        y, routes, probs = self.experts(self.experts_norm(x).flatten(0, 1), routes)     # (N, D)
-        return x + y.view_as(x), routes, probs
+    def forward(self, x, cos, sin, hidden, cache, lines, routes):
+        x = x + self.attention(self.attention_norm(x), cos, sin, hidden, cache, lines)
+        y, routes, probs = self.experts(self.experts_norm(x), routes)   # (N, D)
+        return x + y, routes, probs
 
 
 class MoETransformer(nn.Module):
     """tokens (B, T) -> Output. Padding, on the right, changes nothing elsewhere.
     routes (L, B, T, K)   experts to activate instead of the router's own choice (replay)
-    keep (B, T)           True at the M positions whose logits are wanted
-    positions (B, T)      with `cache`, a KVCache that holds the earlier positions of each row
+    keep (B, T)           True at the M positions whose logits are wanted; routes and probs of what
+                          comes after the last of them in a row are 0
+    cache                 a KVCache of what came before; tokens are then padded on the left
     Raises ValueError for more than config.max_length tokens."""
     def __init__(self, config):
         super().__init__()
@@ -187,29 +226,37 @@ class MoETransformer(nn.Module):
         C = config.d_model // config.n_head
         frequency = config.rope_theta ** (-torch.arange(0, C, 2) / C)   # (C/2,)
         angle = torch.arange(config.max_length)[:, None] * frequency.repeat(2)  # (max_length, C)
+        sign = torch.ones(C).index_fill(0, torch.arange(C // 2), -1)    # see `rotate`
         self.register_buffer("cos", angle.cos(), persistent=False)
-        self.register_buffer("sin", angle.sin(), persistent=False)
+        self.register_buffer("sin", angle.sin() * sign, persistent=False)
         for parameter in self.parameters():
             if parameter.dim() > 1:             # 1/sqrt(inputs): a product keeps the size of x
                 nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
         nn.init.normal_(self.embed.weight, std=1.0)
 
-    def forward(self, tokens, routes=None, keep=None, positions=None, cache=None):
+    def forward(self, tokens, routes=None, keep=None, cache=None):
         B, T = tokens.shape
         if cache is None and T > self.config.max_length:
             raise ValueError(f"{T} tokens are more than max_length = {self.config.max_length}")
-        if positions is None:
+        lines = Lines(B, T)
+        if cache is None:       # padding stands on the right: causality alone hides it
             positions = torch.arange(T, device=tokens.device).expand(B, T)
-        cos, sin = self.cos[positions][:, None], self.sin[positions][:, None]   # (B, 1, T, C)
-        x = self.embed(tokens)                                          # (B, T, D)
+            hidden = positions[:1] > positions[:1].mT                   # (T, S = T)
+            if keep is not None:        # what comes later than all that is wanted is not computed
+                lines = Lines(B, T, keep.flip(1).cumsum(1).flip(1).flatten().nonzero()[:, 0])
+        else:
+            positions, hidden = cache.advance(T)
+        positions = lines.unpad(positions)                              # (N,)
+        cos, sin = self.cos[positions][:, None], self.sin[positions][:, None]   # (N, 1, C)
+        x = self.embed(lines.unpad(tokens))                             # (N, D)
         all_routes, all_probs = [], []
         for i, layer in enumerate(self.layers):
-            replayed = None if routes is None else routes[i].flatten(0, 1).long()   # (N, K)
-            x, chosen, probs = layer(x, cos, sin, positions, cache, replayed)
-            all_routes.append(chosen.view(B, T, -1)), all_probs.append(probs.view(B, T, -1))
-        hidden = self.norm(x if keep is None else x[keep])              # (M, D)
-        routes, probs = torch.stack(all_routes), torch.stack(all_probs)
-        return Output(self.unembed(hidden), hidden, routes, probs)
+            replayed = None if routes is None else lines.unpad(routes[i]).long()    # (N, K)
+            x, chosen, probs = layer(x, cos, sin, hidden, cache, lines, replayed)
+            all_routes.append(lines.pad(chosen)), all_probs.append(lines.pad(probs))
+        x = lines.pad(x)                                                # (B, T, D)
+        x = self.norm(x if keep is None else x[keep])                   # (M, D)
+        return Output(self.unembed(x), x, torch.stack(all_routes), torch.stack(all_probs))
 
 
 @dataclass
@@ -239,12 +286,11 @@ class Rollout:
 
         Returns tokens (b, S); `keep` (b, S), True where the *next* token is a response token, so
         that the logits there score it; mask (b, T); routes (L, b, S, K)."""
-        G = len(self.tokens) // len(self.prompts)
-        responses, lengths = self.tokens.tolist(), self.lengths.tolist()
-        lines, keep = [], []
-        for row in rows.tolist():
-            prompt, n = self.prompts[row // G], lengths[row]
-            lines.append(torch.tensor(prompt + responses[row][:n]))
+        G, lines, keep = len(self.tokens) // len(self.prompts), [], []
+        chosen = zip(rows.tolist(), self.tokens[rows].tolist(), self.lengths[rows].tolist())
+        for row, response, n in chosen:
+            prompt = self.prompts[row // G]
+            lines.append(torch.tensor(prompt + response[:n]))
             keep.append(torch.tensor([False] * (len(prompt) - 1) + [True] * n + [False]))
         tokens, keep = (nn.utils.rnn.pad_sequence(x, batch_first=True).to(self.tokens.device)
                         for x in (lines, keep))                         # (b, S) each
@@ -285,27 +331,29 @@ def generate(model, prompts, group_size, max_new_tokens, temperature=1.0, eos_id
     CPU one on every device, decides the rollout. See check_request for errors."""
     check_request(model.config, prompts, group_size, max_new_tokens, temperature)
     config, device, G, T = model.config, model.embed.weight.device, group_size, max_new_tokens
-    start = torch.tensor([len(p) for p in prompts], device=device)      # (P,)
-    P, B, S = len(prompts), len(prompts) * G, int(start.max()) + T
+    lengths = torch.tensor([len(p) for p in prompts], device=device)    # (P,) of the prompts
+    P, B, longest = len(prompts), len(prompts) * G, int(lengths.max())
     end = -1 if eos_id is None else eos_id
     # One uniform number per token, drawn at once: a row's luck does not depend on its mates.
     luck = torch.rand(B, T, generator=generator).to(device)             # (B, T)
     tokens = torch.full((B, T), pad_id, device=device)
     logp = torch.zeros(B, T, device=device)
     routes = torch.arange(config.n_active, dtype=torch.uint8, device=device)    # in padding: any K
-    routes = routes.repeat(config.n_layer, B, S, 1)                     # (L, B, S, K)
+    routes = routes.repeat(config.n_layer, B, longest + T, 1)           # (L, B, S, K)
 
     # The prompts run once each, then their cache is copied to all G rows of the group.
-    padded = nn.utils.rnn.pad_sequence([torch.tensor(p) for p in prompts], batch_first=True,
-                                       padding_value=pad_id).to(device)  # (P, longest)
-    cache = KVCache(config, P, S, device, model.embed.weight.dtype)
-    positions = torch.arange(padded.shape[1], device=device).expand_as(padded)
-    out = model(padded, keep=positions == start[:, None] - 1, positions=positions, cache=cache)
-    cache.kv = cache.kv.repeat_interleave(G, dim=2)
-    logits = out.logits.repeat_interleave(G, dim=0)                     # (B, V)
-    routes[:, :, :padded.shape[1]] = out.routes.repeat_interleave(G, dim=1).to(torch.uint8)
-    position = (start - 1).repeat_interleave(G)                         # (B,)
+    padded = torch.tensor([[pad_id] * (longest - len(p)) + list(p) for p in prompts], device=device)
+    cache = KVCache(config, longest - lengths, longest + T, model.embed.weight.dtype)
+    last = torch.arange(longest, device=device) == longest - 1          # its logits are wanted
+    out = model(padded, keep=last.expand(P, -1), cache=cache)
+    group = torch.arange(P, device=device).repeat_interleave(G)         # (B,)
+    slot = (torch.arange(longest, device=device) + cache.start[:, None]).clamp(max=longest - 1)
+    seen = out.routes[:, torch.arange(P, device=device)[:, None], slot] # (L, P, longest, K)
+    routes[:, :, :longest] = seen[:, group].to(torch.uint8)
+    cache.select(group)
+    logits, position = out.logits[group], lengths[group]                # (B, V), (B,)
     alive = torch.arange(B, device=device)                              # rows still being written
+    ended = torch.zeros(B, dtype=torch.bool, device=device)
 
     for t in range(T):
         log_probs = (logits.float() / temperature).log_softmax(-1)      # (b, V)
@@ -315,58 +363,21 @@ def generate(model, prompts, group_size, max_new_tokens, temperature=1.0, eos_id
         new = log_probs.argmax(-1) if greedy else new.clamp(max=config.vocab_size - 1)
         tokens[alive, t] = new
         logp[alive, t] = log_probs.gather(1, new[:, None])[:, 0]
-        going = (new != end).nonzero()[:, 0]
+        ended = ended | (new == end)
+        going = (~ended).nonzero()[:, 0]
         if t == T - 1 or len(going) == 0:
             break
-        if len(going) < len(alive):
-            alive, new, position = alive[going], new[going], position[going]
-            cache.kv = cache.kv[:, :, going]
-        position = position + 1
-        out = model(new[:, None], positions=position[:, None], cache=cache)
+        if len(going) < 0.9 * len(alive):       # to move the cache costs more than a few idle rows
+            alive, new, position, ended = (x[going] for x in (alive, new, position, ended))
+            cache.select(going)
+        out = model(new[:, None], cache=cache)
         logits = out.logits[:, 0]
         routes[:, alive, position] = out.routes[:, :, 0].to(torch.uint8)
+        position = position + 1
 
     mask = F.pad((tokens == end).cumsum(1)[:, :-1], (1, 0)) == 0         # no end before this token
+    tokens, logp = tokens.where(mask, pad_id), logp.where(mask, 0.0)
     lengths, T = mask.sum(1), int(mask.sum(1).max())
     with torch.inference_mode(False):           # ordinary tensors again: autograd may save them
         return Rollout([list(p) for p in prompts], *(x.clone() for x in (
             tokens[:, :T], logp[:, :T], mask[:, :T], routes, lengths)))
-
-
-# What `transformers` calls the fields of MoEConfig, in their order ...
-HF_CONFIG = ("vocab_size", "max_position_embeddings", "num_hidden_layers", "hidden_size",
-             "num_attention_heads", "num_key_value_heads", "num_experts", "num_experts_per_tok",
-             "moe_intermediate_size", "rope_theta", "rms_norm_eps")
-# ... and the parts of our parameters' names, replaced in this order.
-HF_NAMES = {
-    "attention_norm": "input_layernorm", "attention": "self_attn", ".q.": ".q_proj.",
-    ".k.": ".k_proj.", ".v.": ".v_proj.", ".o.": ".o_proj.", "experts.router": "mlp.gate",
-    "experts.gate_up": "mlp.experts.gate_up_proj", "experts.down": "mlp.experts.down_proj",
-    "experts_norm": "post_attention_layernorm", "model.unembed": "lm_head", "embed": "embed_tokens"}
-
-
-def to_hf(model):
-    """-> (config, state): `Qwen3MoeForCausalLM(Qwen3MoeConfig(**config)).load_state_dict(state)`
-    of `transformers` 5 is the same model. The tensors are the model's own, not copies."""
-    config = dict(zip(HF_CONFIG, asdict(model.config).values(), strict=True)) | {
-        "head_dim": model.config.d_model // model.config.n_head, "norm_topk_prob": True,
-        "decoder_sparse_step": 1, "mlp_only_layers": [], "attention_bias": False,
-        "tie_word_embeddings": False, "hidden_act": "silu"}
-    rename = lambda name: reduce(lambda text, pair: text.replace(*pair), HF_NAMES.items(), name)
-    return config, {rename("model." + name): x for name, x in model.state_dict().items()}
-
-
-def from_hf(config, state):
-    """The inverse of `to_hf`. `state` may also hold one tensor per expert, as checkpoints do.
-    Raises ValueError for a variant of the architecture that this model does not have."""
-    model = MoETransformer(MoEConfig(*(config[name] for name in HF_CONFIG)))
-    (own, tensors), each = to_hf(model), range(model.config.n_expert)
-    if wrong := {name: config[name] for name in own if config.get(name, own[name]) != own[name]}:
-        raise ValueError(f"{wrong} is another architecture: here {({k: own[k] for k in wrong})}")
-    names, state = dict(zip(tensors, model.state_dict())), dict(state)
-    for at in [name.split("0.gate_proj")[0] for name in state if "experts.0.gate_proj" in name]:
-        gate, up, down = (torch.stack([state.pop(f"{at}{e}.{part}_proj.weight") for e in each])
-                          for part in ("gate", "up", "down"))           # (E, F, D) twice, (E, D, F)
-        state |= {at + "gate_up_proj": torch.cat((gate, up), 1), at + "down_proj": down}
-    model.load_state_dict({names.get(name, name): x for name, x in state.items()})
-    return model

@@ -12,6 +12,7 @@ from torch.testing import assert_close
 
 import gspo
 import moe
+from results import hf
 
 ALGORITHMS = tuple(gspo.ALGORITHMS)
 every_algorithm = pytest.mark.parametrize("algorithm", ALGORITHMS)
@@ -379,15 +380,15 @@ def test_weights_travel_to_transformers_and_back():
     model, tokens = tiny(rope_theta=500.0, norm_eps=1e-3, n_active=3), torch.randint(12, (3, 16))
     for p in model.parameters():
         p.data += 0.1 * torch.randn_like(p)                 # no norm keeps its weight of 1
-    logits, (config, state) = model(tokens).logits, moe.to_hf(model)
+    logits, (config, state) = model(tokens).logits, hf.to_hf(model)
     split = {name: x for name, x in state.items() if "experts" not in name}
     for at, e in ((f"model.layers.{i}.mlp.experts.", e) for i in range(2) for e in range(4)):
         parts = *state[at + "gate_up_proj"][e].chunk(2), state[at + "down_proj"][e]
         split |= {f"{at}{e}.{k}_proj.weight": x for k, x in zip(("gate", "up", "down"), parts)}
-    for back in (moe.from_hf(config, state), moe.from_hf(config, split)):
+    for back in (hf.from_hf(config, state), hf.from_hf(config, split)):
         assert back.config == model.config and torch.equal(back(tokens).logits, logits)
-    hf = pytest.importorskip("transformers")
-    theirs = hf.Qwen3MoeForCausalLM(hf.Qwen3MoeConfig(**config))
+    peer = pytest.importorskip("transformers")
+    theirs = peer.Qwen3MoeForCausalLM(peer.Qwen3MoeConfig(**config))
     theirs.load_state_dict(state, strict=True)
     assert_close(theirs(tokens).logits, logits, atol=1e-4, rtol=1e-4)
 
@@ -454,7 +455,7 @@ def test_greedy_takes_the_likeliest_token_of_the_uncached_model():
         dict(prompts=[]), dict(prompts=[[1], []]), dict(prompts=[[12]]), dict(prompts=[[-1]]),
         dict(G=0), dict(T=0), dict(T=12), dict(temperature=0.0))],
     (lambda length: tiny()(torch.zeros(1, length, dtype=torch.long)), dict(length=17)),
-    (lambda **wrong: moe.from_hf(moe.to_hf(tiny())[0] | wrong, {}), dict(norm_topk_prob=False))])
+    (lambda **wrong: hf.from_hf(hf.to_hf(tiny())[0] | wrong, {}), dict(norm_topk_prob=False))])
 def test_the_impossible_is_a_value_error(call, wrong):
     with pytest.raises(ValueError):
         call(**wrong)

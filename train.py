@@ -134,7 +134,8 @@ def cold_start(config, task, tokenizer, model, fresh):
         return kept["seconds"]
 
     print(f"1 cold start: {config.cold_steps} steps of imitation")
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.05)
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.05,
+                                  fused=True)
     began = time.time()
     batches = demonstrations.batches(task, tokenizer, config.seed, config.cold_tokens)
     for step in range(1, config.cold_steps + 1):
@@ -194,7 +195,7 @@ def new_learner(config, model, state):
         reference = copy.deepcopy(model)
         reference.load_state_dict(state.setdefault("reference", copy.deepcopy(model.state_dict())))
     optimizer = torch.optim.AdamW([*model.parameters(), *(head.parameters() if head else ())],
-                                  lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0)
+                                  lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     if "optimizer" in state:
         optimizer.load_state_dict(state["optimizer"])
     return Learner(model, optimizer, head, reference)
