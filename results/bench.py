@@ -117,20 +117,27 @@ def sampling_flop(config, prompts, n):
 
 
 def padding_share():
-    """The share of padding among what `update` computes, for a rollout like the main run's: a third
-    of the responses is short, the others think."""
+    """What `update` computes without need, for a rollout like the main run's (a third of the
+    responses short, the others long): the share of padding among its token positions, counted where
+    the experts get them, and among the places of its attention."""
     torch.manual_seed(0)
     P, B = RUN.prompts, RUN.prompts * RUN.group_size
     prompts = [[2] * n for n in torch.randint(4, 9, (P,)).tolist()]
     lengths = torch.where(torch.rand(B) < 1 / 3, torch.randint(3, 6, (B,)),
                           torch.randint(20, 51, (B,)))
-    mask = torch.arange(50) < lengths[:, None]
-    rollout = moe.Rollout(prompts, mask.long(), 0.0 * mask, mask, None, lengths)
+    mask, model, computed = torch.arange(50) < lengths[:, None], new_model(), []
+    routes = torch.zeros(LAYERS, B, 60, 2, dtype=torch.uint8)
+    rollout = moe.Rollout(prompts, mask.long(), 0.0 * mask, mask, routes, lengths)
     used = lengths + torch.tensor([len(p) for p in prompts]).repeat_interleave(RUN.group_size)
     most = inspect.signature(gspo.update).parameters["micro_tokens"].default
     parts = [part for rows in torch.arange(B).tensor_split(RUN.mini_batches)
              for part in gspo.micro_batches(rollout, rows, most)]
-    return 1 - int(used.sum()) / sum(len(part) * int(used[part].max()) for part in parts)
+    model.layers[0].experts.register_forward_hook(lambda _, x, y: computed.append(len(x[0])))
+    with torch.no_grad():
+        [gspo.score(model, rollout, part) for part in parts]
+    needed = int((used - 1).sum())      # the last token of a response predicts nothing
+    return (1 - needed / sum(computed),
+            1 - int(used.sum()) / sum(len(part) * int(used[part].max()) for part in parts))
 
 
 # ---------------------------------------------------------------------------- ours
@@ -344,14 +351,15 @@ def main():
     sampling(results, model, theirs)
     optimisation(results, model, optimizer, theirs)
     rl_steps(results, model, optimizer, "trl" in peers)
-    results["padding_share"], results["peak_memory_mib"] = padding_share(), report.peak_memory_mib()
+    results["peak_memory_mib"], results["padding_share"] = report.peak_memory_mib(), padding_share()
     results["copy_gbytes"] = copy_gbytes()
     print("\n| what | side | per second | GFLOP/s | of the ceiling | the first is faster by |",
           "|---|---|---|---|---|---|", *(line(**row) for row in results["rows"]), "", sep="\n")
     print("ceiling:", *(f"{gflops:.1f} GFLOP/s with {threads} thread(s),"
                         for threads, gflops in results["ceiling_gflops"].items()),
           f"{results['copy_gbytes']:.1f} GB/s for a copy; peak memory {results['peak_memory_mib']} "
-          f"MiB; padding in an update like the main run's {results['padding_share']:.1%}")
+          f"MiB; padding in an update like the main run's: {results['padding_share'][0]:.1%} of the "
+          f"token positions, {results['padding_share'][1]:.1%} of the places in attention")
     print(json.dumps(results))
 
 
