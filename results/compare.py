@@ -56,6 +56,15 @@ def machine():
     return f"{model}, 2 threads"
 
 
+def layers(out):
+    """Experts changed in each layer, in the mini-batches after the first: there nothing has yet."""
+    with open(out / "updates.csv", newline="") as file:
+        rows = [row for row in csv.DictReader(file)
+                if int(row["step"]) <= COMPARED and row["mini_batch"] != "0"]
+    return {f"{column}_{COMPARED}": statistics.fmean(float(row[column]) for row in rows)
+            for column in (rows[0] if rows else ()) if column.startswith("expert_change_")}
+
+
 def measure(name, options, seed, commit):
     """One run -> its row: its summary, and the compared steps' accuracy, reward and metrics."""
     out = Path("out") / f"{''.join(c for c in name if c.isalnum())}-{seed}"
@@ -73,7 +82,7 @@ def measure(name, options, seed, commit):
             **json.loads((out / "summary.json").read_text()),
             "reward_last_50": statistics.fmean(float(row["reward"]) for row in every[-50:]),
             f"accuracy_{COMPARED}": steps[-1]["accuracy"],
-            **{f"{column}_{COMPARED}": mean for column, mean in means.items()}}
+            **{f"{column}_{COMPARED}": mean for column, mean in means.items()}, **layers(out)}
 
 
 def read():
