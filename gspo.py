@@ -164,7 +164,7 @@ ALGORITHMS = {
     "dr_grpo": Algorithm(grpo, seq_mean_token_sum_norm, (0.2, 0.2), "none"),        # 2503.20783
     # More room upwards, for rare tokens; long responses count more.
     "dapo": Algorithm(grpo, token_mean, (0.2, 0.28), "std"),                        # 2503.14476
-    # Weights from 0 to 5: no lower bound, as in the paper; the upper one is TRL's.
+    # Weights from 0 to 5: no lower bound, as in the paper; the upper one is what TRL recommends.
     "cispo": Algorithm(cispo, token_mean, (1.0, 4.0), "std"),                       # 2506.13585
     "gmpo": Algorithm(gmpo, seq_mean_token_mean, (0.4, 0.4), "std"),                # 2507.20673
     "sapo": Algorithm(sapo, seq_mean_token_mean, (None, None), "std"),              # 2511.20347
