@@ -351,15 +351,16 @@ def main():
     sampling(results, model, theirs)
     optimisation(results, model, optimizer, theirs)
     rl_steps(results, model, optimizer, "trl" in peers)
-    results["peak_memory_mib"], results["padding_share"] = report.peak_memory_mib(), padding_share()
+    results["peak_memory_mib"] = report.peak_memory_mib()
+    results["padding_share"] = padding_share()
     results["copy_gbytes"] = copy_gbytes()
     print("\n| what | side | per second | GFLOP/s | of the ceiling | the first is faster by |",
           "|---|---|---|---|---|---|", *(line(**row) for row in results["rows"]), "", sep="\n")
     print("ceiling:", *(f"{gflops:.1f} GFLOP/s with {threads} thread(s),"
                         for threads, gflops in results["ceiling_gflops"].items()),
           f"{results['copy_gbytes']:.1f} GB/s for a copy; peak memory {results['peak_memory_mib']} "
-          f"MiB; padding in an update like the main run's: {results['padding_share'][0]:.1%} of the "
-          f"token positions, {results['padding_share'][1]:.1%} of the places in attention")
+          "MiB; padding in an update like the main run's: {:.1%} of the token positions, {:.1%} of "
+          "the places in attention".format(*results["padding_share"]))
     print(json.dumps(results))
 
 
