@@ -406,8 +406,8 @@ def test_sampled_log_probs_and_routes_are_those_of_scoring(temperature):
     assert gspo.routing_stats(*routing)["expert_change"] == [0, 0]
     again, _ = gspo.rescore(model, r, temperature, micro_tokens=20)
     assert_close(again.logp, r.logp, atol=1e-5, rtol=0)
-    for _, keep, _, routes in [again.select(rows)]:
-        assert torch.equal(routes[:, keep], r.select(rows)[3][:, keep])
+    (_, keep, _, routes), sampled = again.select(rows), r.select(rows)[3]
+    assert torch.equal(routes[:, keep], sampled[:, keep])
 
 def test_a_response_ends_with_the_end_token_or_is_cut():
     r = sample(tiny(), G=20)

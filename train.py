@@ -64,8 +64,8 @@ class Config:
     group_size: int = option(8, "responses to a problem: each other's baseline", 2)
     mini_batches: int = option(4, "optimiser steps per rollout, as in the paper", 1)
     lr: float = option(3e-4, "learning rate: gentle, the policy must stay near the sampler's", 0, 1)
-    clip_low: float = option(None, "lower clip range (default: its paper's; gspo 3e-3)", 0, 1)
-    clip_high: float = option(None, "upper clip range (default: its paper's; gspo 4e-3)", 0, 100)
+    clip_low: float = option(None, "lower clip range (default: see README; gspo 3e-3)", 0, 1)
+    clip_high: float = option(None, "upper clip range (default: see README; gspo 4e-3)", 0, 100)
     scale: str = option(None, "divide advantages by their group's std? (default: as in its paper)",
                         choices=("std", "none"))
     routing_replay: str = option("none", "update with the experts that were active under the old "

@@ -4,8 +4,8 @@
     python results/compare.py --table          print runs.csv: mean and standard deviation
 
 A seed's cold start is made once and shared by the settings, so that they differ in nothing but what
-their row says. The first three are compared by their first 200 RL steps. The others ran with one
-seed, to see that they train: that is no ranking.
+their row says. The first three are compared by their first 200 RL steps. The objectives and the
+ways of routing ran with one seed, to see that they train and what they do: that is no ranking.
 """
 import csv
 import json
@@ -56,13 +56,16 @@ def machine():
     return f"{model}, 2 threads"
 
 
-def layers(out):
-    """Experts changed in each layer, in the mini-batches after the first: there nothing has yet."""
+def later(out):
+    """Means over the mini-batches after the first of a step: in that one nothing has moved yet."""
     with open(out / "updates.csv", newline="") as file:
         rows = [row for row in csv.DictReader(file)
                 if int(row["step"]) <= COMPARED and row["mini_batch"] != "0"]
-    return {f"{column}_{COMPARED}": statistics.fmean(float(row[column]) for row in rows)
-            for column in (rows[0] if rows else ()) if column.startswith("expert_change_")}
+    columns = [column for column in (rows[0] if rows else ()) if column in
+               ("log_w_std", "log_s_std", "outliers", "clip_low", "clip_high")
+               or column.startswith("expert_change_")]
+    return {f"{column}_later_{COMPARED}": statistics.fmean(float(row[column]) for row in rows)
+            for column in columns}
 
 
 def measure(name, options, seed, commit):
@@ -82,7 +85,7 @@ def measure(name, options, seed, commit):
             **json.loads((out / "summary.json").read_text()),
             "reward_last_50": statistics.fmean(float(row["reward"]) for row in every[-50:]),
             f"accuracy_{COMPARED}": steps[-1]["accuracy"],
-            **{f"{column}_{COMPARED}": mean for column, mean in means.items()}, **layers(out)}
+            **{f"{column}_{COMPARED}": mean for column, mean in means.items()}, **later(out)}
 
 
 def read():
