@@ -271,11 +271,12 @@ def ratio_stats(logp, logp_old, advantages, clipped, mask):
     }
 
 
-def routing_stats(old, new, probs):
+def routing_stats(old, new, logits):
     """What the router of each layer does: active experts at the rollout and now (M, L, K), compared
-    as sets, and the router's probabilities (M, L, E) -> a dict of lists of L floats."""
+    as sets, and the router's logits (M, L, E) -> a dict of lists of L floats."""
     stayed = (old[..., :, None] == new[..., None, :]).any(dim=-1)          # (M, L, K)
-    counts = one_hot(new.long(), probs.shape[-1]).sum(dim=(0, 2)).float()  # (L, E)
+    counts = one_hot(new.long(), logits.shape[-1]).sum(dim=(0, 2)).float() # (L, E)
+    probs = logits.softmax(dim=-1)                                         # (M, L, E)
     return {"expert_change": (1 - stayed.float().mean(dim=(0, 2))).tolist(),
             "expert_load": (counts.amax(dim=1) / counts.mean(dim=1)).tolist(),
             "router_entropy": torch.special.entr(probs).sum(dim=-1).mean(dim=0).tolist()}
@@ -298,8 +299,8 @@ def score(model, rollout, rows, temperature=1.0, replay=False):
     target = rollout.tokens[rows][mask]                                    # (M,)
     logp = spread(log_probs.gather(1, target[:, None])[:, 0], mask)        # (b, T)
     with torch.no_grad():
-        entropy = torch.special.entr(log_probs.exp()).sum(dim=-1)          # (M,)
-        routing = [x[:, keep].transpose(0, 1) for x in (routes, out.routes, out.probs)]
+        entropy = -(log_probs.exp() * log_probs).sum(dim=-1)               # (M,)
+        routing = [x[:, keep].transpose(0, 1) for x in (routes, out.routes, out.router)]
     return logp, out, entropy, routing
 
 

@@ -59,7 +59,7 @@ class Output(NamedTuple):
     logits: torch.Tensor    # (B, T, V), or (M, V) if `keep` chose M positions
     hidden: torch.Tensor    # (B, T, D) or (M, D): what the logits are made of
     routes: torch.Tensor    # (L, B, T, K) active experts, most probable first
-    probs: torch.Tensor     # (L, B, T, E) the router's probabilities, fp32
+    router: torch.Tensor    # (L, B, T, E) the router's logits, fp32; 0 where nothing was computed
 
 
 class KVCache:
@@ -73,12 +73,12 @@ class KVCache:
 
     def advance(self, T):
         """Make room for T tokens -> their positions (B, T), and True where they must not look, at
-        padding and at what comes later: (B, 1, 1, T, S)."""
+        padding and at what comes later: (B, T, S)."""
         self.used += T
         slots = torch.arange(self.used, device=self.start.device)       # (S,)
-        start, now = self.start[:, None], slots[-T:]                    # (B, 1), (T,)
-        unseen = (slots < start[:, None]) | (slots > now[:, None])      # (B, T, S)
-        return (now - start).clamp(min=0), unseen[:, None, None]
+        start, now = self.start[:, None], slots[-T:, None]              # (B, 1), (T, 1)
+        unseen = (slots < start[:, None]) | (slots > now)               # (B, T, S)
+        return (now.mT - start).clamp(min=0), unseen
 
     def write(self, layer, k, v):
         """Put k, v (B, J, T, C) into the newest slots -> all used slots (B, J, S, C), twice."""
@@ -87,7 +87,7 @@ class KVCache:
         return keys, values
 
     def select(self, rows):
-        self.start, self.kv = self.start[rows], self.kv[:, :, rows]
+        self.start, self.kv = self.start[rows], self.kv.index_select(2, rows)
 
 
 class Lines:
@@ -96,11 +96,12 @@ class Lines:
     def __init__(self, B, T, at=None):
         self.B, self.T, self.at = B, T, at
 
-    def pad(self, x):
-        """x (N, ...) -> (B, T, ...), 0 in the other places."""
+    def pad(self, x, dim=0):
+        """N numbers along `dim` -> (B, T) numbers, 0 in the other places."""
         if self.at is not None:
-            x = x.new_zeros(self.B * self.T, *x.shape[1:]).index_copy(0, self.at, x)
-        return x.view(self.B, self.T, *x.shape[1:])
+            shape = x.shape[:dim] + (self.B * self.T,) + x.shape[dim + 1:]
+            x = x.new_zeros(shape).index_copy(dim, self.at, x)
+        return x.unflatten(dim, (self.B, self.T))
 
     def unpad(self, x):
         """x (B, T, ...) -> (N, ...)."""
@@ -108,10 +109,41 @@ class Lines:
         return x if self.at is None else x.index_select(0, self.at)
 
 
-def rotate(x, cos, sin):
-    """Rotary positions (2104.09864): turn each pair (x_i, x_{i+C/2}) of x (N, *, C). The first half
-    of `sin` is negative."""
-    return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
+class RMSNorm(torch.autograd.Function):
+    """y = w x r, with r = 1 / sqrt(mean(x^2) + eps) over the last dimension (1910.07467, Eq. 4).
+
+    PyTorch derives the gradient of F.rms_norm from its single products and sums, and each of them
+    goes through memory. By hand, with u = x r and g the gradient of y, it is half the work:
+    dw = sum over tokens of g u,   dx = r (g w - u mean(g w u))."""
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        r = (x.square().mean(-1, keepdim=True) + eps).rsqrt()           # (N, ..., 1)
+        u = x * r
+        ctx.save_for_backward(u, r, weight)
+        return u * weight
+
+    @staticmethod
+    def backward(ctx, g):
+        u, r, weight = ctx.saved_tensors
+        gu = g * u
+        grad_weight = gu.sum(0)
+        mean = gu.mul_(weight).mean(-1, keepdim=True)                   # (N, ..., 1)
+        grad_x = torch.mul(g, weight, out=gu).addcmul_(u, mean, value=-1).mul_(r)
+        return grad_x, grad_weight, None
+
+
+def rms_norm(x, weight, eps):
+    """x (N, ...), weight (...) -> (N, ...)."""
+    if torch.is_grad_enabled():
+        return RMSNorm.apply(x, weight, eps)
+    return F.rms_norm(x, x.shape[-1:], None, eps) * weight
+
+
+def rotate(x, turn):
+    """Rotary positions (2104.09864): take each pair of neighbours in x (N, *, C) for a complex
+    number and turn it by its angle; turn (N, 1, C/2)."""
+    pairs = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(-1, (-1, 2))
+    return torch.view_as_real(torch.view_as_complex(pairs) * turn).flatten(-2).to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -119,26 +151,27 @@ class Attention(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
         D, H, J = config.d_model, config.n_head, config.n_kv_head
-        self.layer, self.H, self.J, self.C = layer, H, J, D // H
+        self.layer, self.H, self.J, self.C, self.eps = layer, H, J, D // H, config.norm_eps
         self.qkv = nn.Linear(D, D + 2 * J * self.C, bias=False)         # D = H * C
         self.o = nn.Linear(D, D, bias=False)
-        self.q_norm = nn.RMSNorm(self.C, config.norm_eps)
-        self.k_norm = nn.RMSNorm(self.C, config.norm_eps)
+        self.q_norm, self.k_norm = (nn.Parameter(torch.ones(self.C)) for _ in "qk")
 
-    def forward(self, x, cos, sin, unseen, cache, lines):
-        """x (N, D), cos and sin (N, 1, C) -> (N, D). `lines` knows where the N tokens stand."""
+    def forward(self, x, turn, mask, cache, lines):
+        """x (N, D), turn (N, 1, C/2), mask (1 or B*J, H/J*T, S) of 0 and, where a token must not
+        look, -1e9 -> (N, D). `lines` knows where the N tokens stand."""
         H, J, C = self.H, self.J, self.C
-        q, k, v = self.qkv(x).view(len(x), -1, C).split((H, J, J), dim=1)       # (N, H or J, C)
-        q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
-        q, k, v = (lines.pad(y).transpose(1, 2) for y in (q, k, v))     # (B, H or J, T, C)
-        B, _, T, _ = q.shape
+        qk, v = self.qkv(x).unflatten(1, (-1, C)).split((H + J, J), dim=1)
+        weight = torch.cat((self.q_norm.expand(H, C), self.k_norm.expand(J, C)))
+        qk = rotate(rms_norm(qk, weight, self.eps), turn)               # (N, H + J, C)
+        qk, v = lines.pad(qk).transpose(1, 2), lines.pad(v).transpose(1, 2)
+        q, k = qk.split((H, J), dim=1)                                  # (B, H, T, C), (B, J, T, C)
         if cache is not None:
             k, v = cache.write(self.layer, k, v)                        # (B, J, S, C)
         # By hand: for rows this short faster on a CPU than scaled_dot_product_attention.
-        q = (q * C ** -0.5).reshape(B, J, H // J * T, C)
-        weights = (q @ k.mT).view(B, J, H // J, T, -1)                  # (B, J, H/J, T, S)
-        weights = weights.masked_fill(unseen, -1e9).softmax(-1).view(B, J, H // J * T, -1)
-        y = (weights @ v).view(B, H, T, C).transpose(1, 2)              # (B, T, H, C)
+        q = q.reshape(len(q) * J, -1, C)                                # (B*J, H/J*T, C)
+        k, v = k.flatten(0, 1), v.flatten(0, 1)                         # (B*J, S, C)
+        weights = torch.baddbmm(mask, q, k.mT, alpha=C ** -0.5).softmax(-1)     # (B*J, H/J*T, S)
+        y = (weights @ v).view(lines.B, H, lines.T, C).transpose(1, 2)  # (B, T, H, C)
         return self.o(lines.unpad(y).flatten(1))
 
 
@@ -158,40 +191,40 @@ class Experts(nn.Module):
         E, D, width = config.n_expert, config.d_model, config.d_expert
         self.K = config.n_active
         self.router = nn.Linear(D, E, bias=False)
-        self.gate_up = nn.Parameter(torch.empty(E, 2 * width, D))       # both halves in one product
+        self.gate = nn.Parameter(torch.empty(E, width, D))
+        self.up = nn.Parameter(torch.empty(E, width, D))
         self.down = nn.Parameter(torch.empty(E, D, width))
 
     def forward(self, x, routes):
-        """x (N, D) -> y (N, D), routes (N, K), probs (N, E). Given `routes` are replayed."""
-        probs = self.router(x).softmax(-1, dtype=torch.promote_types(x.dtype, torch.float32))
+        """x (N, D) -> for each of the N*K (token, expert) pairs the number of its token and what
+        that gets, (N*K, D); routes (N, K), the router's logits (N, E). Given `routes` are
+        replayed."""
+        logits = self.router(x).to(torch.promote_types(x.dtype, torch.float32))
         if routes is None:
-            routes = probs.topk(self.K).indices                         # (N, K)
-        # The gates are live even if the routes are replayed: the router keeps learning.
-        gates = probs.gather(1, routes)                                 # (N, K)
-        gates = (gates / gates.sum(-1, keepdim=True)).to(x.dtype)
+            routes = logits.topk(self.K).indices                        # (N, K)
+        # Softmax over all, then the active ones divided by their sum, is softmax over the active
+        # ones. It is live even if the routes are replayed: the router keeps learning.
+        gates = logits.gather(1, routes).softmax(-1).to(x.dtype)        # (N, K)
 
-        # Bring the N*K (token, expert) pairs into the order of their experts: each expert works on
-        # one contiguous block.
-        expert_of = routes.flatten()                                    # (N*K,)
-        order = expert_of.argsort(stable=True)
-        end = expert_of.bincount(minlength=len(self.down)).cumsum(0).int()      # (E,)
-        blocks = x.index_select(0, order // self.K)                     # (N*K, D)
-        gate, up = blockwise(blocks, end, self.gate_up).chunk(2, dim=-1)        # (N*K, F) each
-        y = blockwise(F.silu(gate) * up, end, self.down)                # (N*K, D)
-        # And back: y of the K experts of each token, to be added up.
-        back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=x.device))
-        y = y.index_select(0, back).view(*routes.shape, -1)             # (N, K, D)
-        return (gates[:, None] @ y)[:, 0], routes, probs
+        # Bring the pairs into the order of their experts: each works on one contiguous block.
+        expert_of, order = routes.flatten().sort(stable=True)           # (N*K,) each
+        each = torch.arange(len(self.down), device=x.device)            # (E,)
+        end = torch.searchsorted(expert_of, each, right=True, out_int32=True)   # (E,)
+        token = order // self.K                                         # (N*K,)
+        blocks = x.index_select(0, token)                               # (N*K, D)
+        h = F.silu(blockwise(blocks, end, self.gate)) * blockwise(blocks, end, self.up)
+        y = blockwise(h, end, self.down)                                # (N*K, F) -> (N*K, D)
+        return token, y * gates.flatten().index_select(0, order)[:, None], routes, logits
 
 
 def balance_loss(out):
     """How unevenly the experts of an Output are used: 1 if all are used alike, E/K if only K are.
 
     E * sum over e of (share of the active pairs) * (mean probability), mean over the layers: Switch
-    Transformer (2101.03961) Eq. 4-6. What was not computed has probabilities of 0: left out."""
-    computed = out.probs[0].sum(-1) > 0.5                               # (B, T)
-    routes, probs = out.routes[:, computed], out.probs[:, computed]     # (L, N, K), (L, N, E)
-    E = probs.shape[-1]
+    Transformer (2101.03961) Eq. 4-6, over the tokens that were computed."""
+    computed = out.router[0].any(-1)                                    # (B, T)
+    routes, probs = out.routes[:, computed], out.router[:, computed].softmax(-1)
+    E = probs.shape[-1]                                                 # (L, N, K), (L, N, E)
     counts = torch.stack([layer.flatten().bincount(minlength=E) for layer in routes])   # (L, E)
     return (E * (counts / routes[0].numel() * probs.mean(1)).sum(-1)).mean()
 
@@ -199,21 +232,24 @@ def balance_loss(out):
 class Layer(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
-        self.attention_norm = nn.RMSNorm(config.d_model, config.norm_eps)
+        self.attention_norm, self.experts_norm = (
+            nn.Parameter(torch.ones(config.d_model)) for _ in range(2))
         self.attention = Attention(config, layer)
-        self.experts_norm = nn.RMSNorm(config.d_model, config.norm_eps)
         self.experts = Experts(config)
+        self.eps = config.norm_eps
 
-    def forward(self, x, cos, sin, unseen, cache, lines, routes):
-        x = x + self.attention(self.attention_norm(x), cos, sin, unseen, cache, lines)
-        y, routes, probs = self.experts(self.experts_norm(x), routes)   # (N, D)
-        return x + y, routes, probs
+    def forward(self, x, turn, mask, cache, lines, routes):
+        normed = rms_norm(x, self.attention_norm, self.eps)
+        x = x + self.attention(normed, turn, mask, cache, lines)
+        token, y, routes, logits = self.experts(rms_norm(x, self.experts_norm, self.eps), routes)
+        # x + y, summed over the K experts of each token.
+        return x.index_add(0, token, y), routes, logits
 
 
 class MoETransformer(nn.Module):
     """tokens (B, T) -> Output. Padding, on the right, changes nothing elsewhere.
     routes (L, B, T, K)   experts to activate instead of the router's own choice (replay)
-    keep (B, T)           True at the M positions whose logits are wanted; routes and probs of what
+    keep (B, T)           True at the M positions whose logits are wanted; routes and router of what
                           comes after the last of them in a row are 0
     cache                 a KVCache of what came before; tokens are then padded on the left
     Raises ValueError for more than config.max_length tokens."""
@@ -222,14 +258,12 @@ class MoETransformer(nn.Module):
         self.config = config
         self.embed = nn.Embedding(config.vocab_size, config.d_model)
         self.layers = nn.ModuleList(Layer(config, i) for i in range(config.n_layer))
-        self.norm = nn.RMSNorm(config.d_model, config.norm_eps)
+        self.norm = nn.Parameter(torch.ones(config.d_model))
         self.unembed = nn.Linear(config.d_model, config.vocab_size, bias=False)
         C = config.d_model // config.n_head
         frequency = config.rope_theta ** (-torch.arange(0, C, 2) / C)   # (C/2,)
-        angle = torch.arange(config.max_length)[:, None] * frequency.repeat(2)  # (max_length, C)
-        sign = torch.ones(C).index_fill(0, torch.arange(C // 2), -1)    # see `rotate`
-        self.register_buffer("cos", angle.cos(), persistent=False)
-        self.register_buffer("sin", angle.sin() * sign, persistent=False)
+        angle = torch.arange(config.max_length)[:, None] * frequency    # (max_length, C/2)
+        self.register_buffer("turn", torch.polar(torch.ones_like(angle), angle), persistent=False)
         for parameter in self.parameters():
             if parameter.dim() > 1:             # 1/sqrt(inputs): a product keeps the size of x
                 nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
@@ -239,25 +273,31 @@ class MoETransformer(nn.Module):
         B, T = tokens.shape
         if cache is None and T > self.config.max_length:
             raise ValueError(f"{T} tokens are more than max_length = {self.config.max_length}")
-        lines = Lines(B, T)
+        lines, J, per_head = Lines(B, T), self.config.n_kv_head, \
+            self.config.n_head // self.config.n_kv_head
         if cache is None:       # padding stands on the right: causality alone hides it
             positions = torch.arange(T, device=tokens.device).expand(B, T)
-            unseen = positions[:1] > positions[:1].mT                   # (T, S = T)
+            unseen = (positions[:1] > positions[:1].mT)[None]           # (1, T, S = T)
             if keep is not None:        # what comes later than all that is wanted is not computed
                 lines = Lines(B, T, keep.flip(1).cumsum(1).flip(1).flatten().nonzero()[:, 0])
         else:
             positions, unseen = cache.advance(T)
-        positions = lines.unpad(positions)                              # (N,)
-        cos, sin = self.cos[positions][:, None], self.sin[positions][:, None]   # (N, 1, C)
+            unseen = unseen.repeat_interleave(J, dim=0)                 # (B*J, T, S)
         x = self.embed(lines.unpad(tokens))                             # (N, D)
-        all_routes, all_probs = [], []
+        turn = self.turn.index_select(0, lines.unpad(positions))[:, None]       # (N, 1, C/2)
+        mask = (-1e9 * unseen).to(x.dtype).repeat(1, per_head, 1)       # (1 or B*J, H/J*T, S)
+        all_routes, all_logits = [], []
         for i, layer in enumerate(self.layers):
             replayed = None if routes is None else lines.unpad(routes[i]).long()    # (N, K)
-            x, chosen, probs = layer(x, cos, sin, unseen, cache, lines, replayed)
-            all_routes.append(lines.pad(chosen)), all_probs.append(lines.pad(probs))
-        x = lines.pad(x)                                                # (B, T, D)
-        x = self.norm(x if keep is None else x[keep])                   # (M, D)
-        return Output(self.unembed(x), x, torch.stack(all_routes), torch.stack(all_probs))
+            x, chosen, logits = layer(x, turn, mask, cache, lines, replayed)
+            all_routes.append(chosen), all_logits.append(logits)
+        if keep is None:
+            x = lines.pad(x)                                            # (B, T, D)
+        else:
+            x = x.index_select(0, lines.unpad(keep).nonzero()[:, 0])    # (M, D)
+        x = rms_norm(x, self.norm, self.config.norm_eps)
+        return Output(self.unembed(x), x, lines.pad(torch.stack(all_routes), dim=1),
+                      lines.pad(torch.stack(all_logits), dim=1))
 
 
 @dataclass
@@ -357,13 +397,16 @@ def generate(model, prompts, group_size, max_new_tokens, temperature=1.0, eos_id
     ended = torch.zeros(B, dtype=torch.bool, device=device)
 
     for t in range(T):
-        log_probs = (logits.float() / temperature).log_softmax(-1)      # (b, V)
-        # The first token at which the cumulative probability exceeds the row's number.
-        cumulative = log_probs.exp().cumsum(-1)                         # (b, V)
-        new = (cumulative <= luck[alive, t, None] * cumulative[:, -1:]).sum(-1)         # (b,)
-        new = log_probs.argmax(-1) if greedy else new.clamp(max=config.vocab_size - 1)
+        probs = (logits.float() / temperature).softmax(-1)              # (b, V)
+        if greedy:
+            new = probs.argmax(-1)                                      # (b,)
+        else:   # the first token at which the cumulative probability exceeds the row's number
+            cumulative = probs.cumsum(-1)                               # (b, V)
+            number = luck[alive, t, None] * cumulative[:, -1:]          # (b, 1)
+            new = torch.searchsorted(cumulative, number, right=True)[:, 0]
+            new = new.clamp(max=config.vocab_size - 1)
         tokens[alive, t] = new
-        logp[alive, t] = log_probs.gather(1, new[:, None])[:, 0]
+        logp[alive, t] = probs.gather(1, new[:, None])[:, 0].log()
         ended = ended | (new == end)
         going = (~ended).nonzero()[:, 0]
         if t == T - 1 or len(going) == 0:

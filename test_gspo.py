@@ -303,11 +303,12 @@ def slow_logp(model, rollout, row, temperature=1.0):
 @pytest.mark.parametrize("replayed", [None, [1, 3, 0]])
 def test_experts_against_one_token_at_a_time(replayed):
     experts, x = tiny(n_active=3).layers[0].experts, torch.randn(20, 16)
-    y, routes, _ = experts(x, replayed and torch.tensor([replayed] * 20))
+    token, y, routes, _ = experts(x, replayed and torch.tensor([replayed] * 20))
+    y = torch.stack([y[token == n].sum(0) for n in range(20)])
     for n, logits in enumerate(experts.router(x)):
         active, expected = replayed or logits.argsort(descending=True)[:3].tolist(), 0
         for gate, e in zip(logits[active].softmax(0), active):      # softmax over the active ones
-            left, right = (experts.gate_up[e] @ x[n]).chunk(2)
+            left, right = experts.gate[e] @ x[n], experts.up[e] @ x[n]
             expected = expected + gate * experts.down[e] @ (left * left.sigmoid() * right)
         assert routes[n].tolist() == active
         assert_close(y[n], expected, atol=1e-5, rtol=1e-5)
@@ -315,8 +316,8 @@ def test_experts_against_one_token_at_a_time(replayed):
 def test_balance_loss_is_1_for_even_use_and_E_over_K_if_all_tokens_use_the_same():
     for second, balance in ([2, 3], 1), ([0, 1], 2):
         routes = torch.tensor([[[[0, 1], second]]])                     # (L, B, T, K): 1, 1, 2, 2
-        probs = torch.zeros(1, 1, 2, 4).scatter(-1, routes, 0.5)
-        assert moe.balance_loss(moe.Output(None, None, routes, probs)).item() == balance
+        logits = torch.full((1, 1, 2, 4), -inf).scatter(-1, routes, 7.0)
+        assert moe.balance_loss(moe.Output(None, None, routes, logits)).item() == balance
 
 def test_gradient_through_the_model_by_finite_differences():
     model = tiny().double()
@@ -371,8 +372,8 @@ def test_replay_is_a_no_op_at_equal_weights(kind):
 
 def test_routing_stats_compare_sets_and_count():
     old = torch.tensor([[[0, 1], [1, 0]], [[2, 3], [3, 1]]])        # (M, L, K): M = L = K = 2
-    new, probs = torch.tensor([[[1, 0], [2, 3]], [[1, 3], [0, 1]]]), torch.full((2, 2, 4), 0.25)
-    there, back = gspo.routing_stats(old, new, probs), gspo.routing_stats(new, old, probs)
+    new, logits = torch.tensor([[[1, 0], [2, 3]], [[1, 3], [0, 1]]]), torch.full((2, 2, 4), 7.0)
+    there, back = gspo.routing_stats(old, new, logits), gspo.routing_stats(new, old, logits)
     assert there["expert_change"] == back["expert_change"] == [0.25, 0.75]
     assert there["expert_load"] == [2, 1] and there["router_entropy"] == approx([log(4)] * 2)
 
@@ -427,7 +428,8 @@ def test_a_response_depends_on_its_prompt_and_its_luck_alone():
     assert torch.equal(r.tokens, again.tokens) and torch.equal(r.routes, again.routes)
     assert torch.equal(r.tokens[8:] * r.mask[8:], other.tokens[8:] * other.mask[8:])
     assert_close(r.logp[8:], other.logp[8:])                        # the third prompt's responses
-    assert torch.equal(r.routes[:, 8:], other.routes[:, 8:])
+    for row, n in enumerate(r.lengths[8:].tolist(), start=8):           # the last token has none
+        assert torch.equal(*(x.routes[:, row, :5 + n - 1] for x in (r, other)))
     assert not torch.equal(sample(tiny(), seed=1).logp, r.logp)
 
 def test_joined_rollouts_keep_their_rows():
