@@ -293,8 +293,8 @@ def score(model, rollout, rows, temperature=1.0, replay=False):
     """The chosen rows' responses under the model as it is now, on the distribution that they were
     sampled from -> their log-probs (b, T); the model's Output, whose hidden states (M, D) are those
     that predict a response token; there, the entropies (M,) and the tensors for routing_stats."""
-    tokens, keep, mask, routes = rollout.select(rows)
-    out = model(tokens, routes if replay else None, keep)
+    tokens, keep, mask, routes, source = rollout.select(rows)
+    out = model(tokens, routes if replay else None, keep, source=source)
     log_probs = (out.logits / temperature).log_softmax(dim=-1)             # (M, V)
     target = rollout.tokens[rows][mask]                                    # (M,)
     logp = spread(log_probs.gather(1, target[:, None])[:, 0], mask)        # (b, T)
@@ -305,13 +305,13 @@ def score(model, rollout, rows, temperature=1.0, replay=False):
 
 
 def micro_batches(rollout, rows, max_tokens):
-    """Cut the rows (b,) into parts of similar length, of about `max_tokens` each."""
+    """Cut the rows (b,) into parts of about `max_tokens` each. Groups stay together as far as they
+    can: their prompt is computed once."""
     prompt_lengths = torch.tensor([len(prompt) for prompt in rollout.prompts], device=rows.device)
     group_size = len(rollout.tokens) // len(rollout.prompts)
     lengths = prompt_lengths[rows // group_size] + rollout.lengths[rows]   # (b,)
-    lengths, order = lengths.sort(stable=True)
     sizes = (lengths.cumsum(dim=0) // max_tokens).bincount().tolist()
-    return [part for part in rows[order].split(sizes) if len(part)]
+    return [part for part in rows.split(sizes) if len(part)]
 
 
 @torch.no_grad()

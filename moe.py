@@ -19,6 +19,7 @@ The letters in shape comments:
     L layers    E experts                K active       D width    F expert width   V vocabulary
     H query heads   J key/value heads    C head width   b rows alive
     N tokens that are computed, in one list   M of them whose logits are wanted
+    n = N*K pairs of a token and an expert that works on it
 """
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -26,6 +27,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from data.rollout import Rollout
 
 
 @dataclass(frozen=True)
@@ -91,22 +94,41 @@ class KVCache:
 
 
 class Lines:
-    """Where N tokens stand in B lines of T places: in all of them, or in those numbered `at` (N,).
-    All but attention computes the N tokens alone, and no padding."""
-    def __init__(self, B, T, at=None):
-        self.B, self.T, self.at = B, T, at
+    """Where the N tokens that are computed stand in B lines of T places. All but attention computes
+    these alone: no padding, and once only what several lines begin with.
+
+    wanted (B, T)   True at the places that matter; without it all do, and N = B*T
+    source (B, T)   number b*T + t of the place whose token is computed for this one; see `forward`
+
+        wanted  1 1 1 0     source  0 1 2 3     tokens are computed at the places 0 1 2 6 7
+                1 1 1 1             0 1 6 7     and are, padded,  0 1 2 2
+                                                                  0 1 3 4   (2 where not wanted)"""
+    def __init__(self, B, T, wanted=None, source=None):
+        self.B, self.T, self.wanted, self.at = B, T, wanted, None
+        if wanted is not None:
+            wanted = wanted.flatten()                                   # (B*T,)
+            source = torch.arange(B * T, device=wanted.device) if source is None else \
+                source.flatten()
+            here = wanted & (source == torch.arange(B * T, device=wanted.device))
+            self.at = here.nonzero()[:, 0]                              # (N,) place of a token
+            # (B*T,) number of the token at a place; where none is wanted, any
+            self.number = (here.cumsum(0) - 1).clamp(min=0).index_select(0, source)
 
     def pad(self, x, dim=0):
-        """N numbers along `dim` -> (B, T) numbers, 0 in the other places."""
+        """N tokens along `dim` -> (B, T); where none is wanted, those of some other place."""
         if self.at is not None:
-            shape = x.shape[:dim] + (self.B * self.T,) + x.shape[dim + 1:]
-            x = x.new_zeros(shape).index_copy(dim, self.at, x)
+            x = x.index_select(dim, self.number)
         return x.unflatten(dim, (self.B, self.T))
 
     def unpad(self, x):
         """x (B, T, ...) -> (N, ...)."""
         x = x.flatten(0, 1)
         return x if self.at is None else x.index_select(0, self.at)
+
+    def take(self, x, keep):
+        """x (N, ...) -> (M, ...), a row for every True in keep (B, T)."""
+        places = keep.flatten().nonzero()[:, 0]                         # (M,)
+        return x.index_select(0, places if self.at is None else self.number[places])
 
 
 class RMSNorm(torch.autograd.Function):
@@ -210,7 +232,7 @@ class Experts(nn.Module):
         expert_of, order = routes.flatten().sort(stable=True)           # (N*K,) each
         each = torch.arange(len(self.down), device=x.device)            # (E,)
         end = torch.searchsorted(expert_of, each, right=True, out_int32=True)   # (E,)
-        token = order // self.K                                         # (N*K,)
+        token = order // routes.shape[1]                                # (N*K,)
         y = self.feed_forward(x.index_select(0, token), expert_of, end)
         return token, y * gates.flatten().index_select(0, order)[:, None], routes, logits
 
@@ -266,6 +288,9 @@ class MoETransformer(nn.Module):
     routes (L, B, T, K)   experts to activate instead of the router's own choice (replay)
     keep (B, T)           True at the M positions whose logits are wanted; routes and router of what
                           comes after the last of them in a row are 0
+    source (B, T)         if rows begin alike, the number b*T + t of the place whose token is
+                          computed for this one, for instance that of the first row that does; it
+                          must stand in the same column, after the same tokens. Needs `keep`.
     cache                 a KVCache of what came before; tokens are then padded on the left
     Raises ValueError for more than config.max_length tokens."""
     def __init__(self, config):
@@ -284,7 +309,7 @@ class MoETransformer(nn.Module):
                 nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
         nn.init.normal_(self.embed.weight, std=1.0)
 
-    def forward(self, tokens, routes=None, keep=None, cache=None):
+    def forward(self, tokens, routes=None, keep=None, cache=None, source=None):
         B, T = tokens.shape
         if cache is None and T > self.config.max_length:
             raise ValueError(f"{T} tokens are more than max_length = {self.config.max_length}")
@@ -294,7 +319,7 @@ class MoETransformer(nn.Module):
             positions = torch.arange(T, device=tokens.device).expand(B, T)
             unseen = (positions[:1] > positions[:1].mT)[None]           # (1, T, S = T)
             if keep is not None:        # what comes later than all that is wanted is not computed
-                lines = Lines(B, T, keep.flip(1).cumsum(1).flip(1).flatten().nonzero()[:, 0])
+                lines = Lines(B, T, keep.flip(1).cumsum(1).flip(1) > 0, source)
         else:
             positions, unseen = cache.advance(T)
             unseen = unseen.repeat_interleave(J, dim=0)                 # (B*J, T, S)
@@ -306,66 +331,12 @@ class MoETransformer(nn.Module):
             replayed = None if routes is None else lines.unpad(routes[i]).long()    # (N, K)
             x, chosen, logits = layer(x, turn, mask, cache, lines, replayed)
             all_routes.append(chosen), all_logits.append(logits)
-        if keep is None:
-            x = lines.pad(x)                                            # (B, T, D)
-        else:
-            x = x.index_select(0, lines.unpad(keep).nonzero()[:, 0])    # (M, D)
+        x = lines.pad(x) if keep is None else lines.take(x, keep)       # (B, T, D) or (M, D)
         x = rms_norm(x, self.norm, self.config.norm_eps)
-        return Output(self.unembed(x), x, lines.pad(torch.stack(all_routes), dim=1),
-                      lines.pad(torch.stack(all_logits), dim=1))
-
-
-@dataclass
-class Rollout:
-    """What the sampler hands to the trainer: B = P*G responses, the G of one prompt side by side.
-
-    Prompts [[3, 10], [4, 5, 10]], G = 2, pad = 0, end = 9 might give
-
-        tokens  7 9 0        routes has a column for every position of prompt + response:
-                7 7 9            3 10 7 9 .  .        "." is padding
-                5 9 0            3 10 7 7 9  .
-                6 6 6            4 5 10 5 9  .
-        mask    1 1 0            4 5 10 6 6  6
-                1 1 1        The last row was cut at max_new_tokens = 3: it has no end.
-                1 1 0
-                1 1 1        lengths 2 3 2 3: the end counts, padding does not.
-    """
-    prompts: list           # P lists of token ids
-    tokens: torch.Tensor    # (B, T) responses
-    logp: torch.Tensor      # (B, T) log-prob of each token when it was sampled; 0 in padding
-    mask: torch.Tensor      # (B, T) True for response tokens
-    routes: torch.Tensor    # (L, B, S, K) active experts
-    lengths: torch.Tensor   # (B,) response tokens
-
-    def select(self, rows):
-        """The chosen rows as the trainer wants them: prompt and response in one line, no gap.
-
-        Returns tokens (b, S); `keep` (b, S), True where the *next* token is a response token, so
-        that the logits there score it; mask (b, T); routes (L, b, S, K)."""
-        G, lines, keep = len(self.tokens) // len(self.prompts), [], []
-        chosen = zip(rows.tolist(), self.tokens[rows].tolist(), self.lengths[rows].tolist())
-        for row, response, n in chosen:
-            prompt = self.prompts[row // G]
-            lines.append(torch.tensor(prompt + response[:n]))
-            keep.append(torch.tensor([False] * (len(prompt) - 1) + [True] * n + [False]))
-        tokens, keep = (nn.utils.rnn.pad_sequence(x, batch_first=True).to(self.tokens.device)
-                        for x in (lines, keep))                         # (b, S) each
-        return tokens, keep, self.mask[rows], self.routes[:, rows, :tokens.shape[1]]
-
-    @staticmethod
-    def join(rollouts, groups):
-        """One rollout of the chosen groups, a list of their numbers for every one of `rollouts`."""
-        G = len(rollouts[0].tokens) // len(rollouts[0].prompts)
-        rows = [[g * G + i for g in chosen for i in range(G)] for chosen in groups]
-        def pad(parts):         # each (B, T or S, ...), of which T and S may differ
-            return nn.utils.rnn.pad_sequence(
-                [row for part, these in zip(parts, rows) for row in part[these]], batch_first=True)
-        tokens, logp, mask = (pad([getattr(r, name) for r in rollouts])
-                              for name in ("tokens", "logp", "mask"))
-        routes = pad([r.routes.permute(1, 2, 0, 3) for r in rollouts]).permute(2, 0, 1, 3)
-        return Rollout([r.prompts[g] for r, chosen in zip(rollouts, groups) for g in chosen],
-                       tokens, logp, mask, routes,
-                       torch.cat([r.lengths[these] for r, these in zip(rollouts, rows)]))
+        chosen, logits = (lines.pad(torch.stack(y), dim=1) for y in (all_routes, all_logits))
+        if lines.wanted is not None:
+            chosen, logits = chosen * lines.wanted[..., None], logits * lines.wanted[..., None]
+        return Output(self.unembed(x), x, chosen, logits)               # (L, B, T, K), (L, B, T, E)
 
 
 def check_request(config, prompts, group_size, max_new_tokens, temperature):

@@ -12,6 +12,7 @@ from torch.testing import assert_close
 
 import gspo
 import moe
+from data.rollout import Rollout
 from results import hf
 
 ALGORITHMS = tuple(gspo.ALGORITHMS)
@@ -300,11 +301,12 @@ def slow_logp(model, rollout, row, temperature=1.0):
     logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1:-1]
     return (logits / temperature).log_softmax(-1)[range(len(response)), response]
 
-@pytest.mark.parametrize("replayed", [None, [1, 3, 0]])
-def test_experts_against_one_token_at_a_time(replayed):
-    experts, x = tiny(n_active=3).layers[0].experts, torch.randn(20, 16)
-    token, y, routes, _ = experts(x, replayed and torch.tensor([replayed] * 20))
-    y = torch.stack([y[token == n].sum(0) for n in range(20)])
+@pytest.mark.parametrize("replayed, N", [(None, 20), (None, 300), ([1, 3, 0], 20), ([2], 200)])
+def test_experts_against_one_token_at_a_time(replayed, N):
+    """Few tokens go through the experts in one padded batch, many, or uneven ones, do not."""
+    experts, x = tiny(n_active=3).layers[0].experts, torch.randn(N, 16)
+    token, y, routes, _ = experts(x, replayed and torch.tensor([replayed] * N))
+    y = torch.stack([y[token == n].sum(0) for n in range(N)])
     for n, logits in enumerate(experts.router(x)):
         active, expected = replayed or logits.argsort(descending=True)[:3].tolist(), 0
         for gate, e in zip(logits[active].softmax(0), active):      # softmax over the active ones
@@ -312,6 +314,28 @@ def test_experts_against_one_token_at_a_time(replayed):
             expected = expected + gate * experts.down[e] @ (left * left.sigmoid() * right)
         assert routes[n].tolist() == active
         assert_close(y[n], expected, atol=1e-5, rtol=1e-5)
+
+@pytest.mark.parametrize("shape", [(5, 16), (5, 3, 4)])
+def test_rms_norm_and_its_gradient(shape):
+    x, weight = torch.randn(shape).double().requires_grad_(), torch.randn(shape[1:]).double()
+    norm = lambda x, weight: moe.rms_norm(x, weight, 0.1)
+    assert torch.autograd.gradcheck(norm, (x, weight.requires_grad_()))
+    expected = x / (x.pow(2).sum(-1, keepdim=True) / shape[-1] + 0.1).sqrt() * weight
+    assert_close(norm(x, weight), expected)
+    with torch.no_grad():                                   # the sampler's way
+        assert_close(norm(x, weight), expected)
+
+def test_the_prompt_of_a_group_is_computed_once_and_nothing_else_changes():
+    r, computed, results = sample(tiny()), [], []
+    tokens, keep, _, _, source = r.select(torch.randperm(12))
+    for once in (source, None):
+        model = tiny()
+        model.layers[0].experts.register_forward_hook(lambda _, x, y: computed.append(len(x[0])))
+        out = model(tokens, keep=keep, source=once)
+        (out.logits.cos().sum() + out.router.cos().sum()).backward()
+        results.append([*out, *(p.grad for p in model.parameters())])
+    assert computed[1] - computed[0] == 3 * sum(map(len, PROMPTS))          # G = 4
+    assert_close(*results, atol=1e-4, rtol=1e-4)
 
 def test_balance_loss_is_1_for_even_use_and_E_over_K_if_all_tokens_use_the_same():
     for second, balance in ([2, 3], 1), ([0, 1], 2):
@@ -322,7 +346,7 @@ def test_balance_loss_is_1_for_even_use_and_E_over_K_if_all_tokens_use_the_same(
 def test_gradient_through_the_model_by_finite_differences():
     model = tiny().double()
     r, A = sample(model, T=4), torch.randn(12)
-    tokens, keep, mask, routes = r.select(torch.arange(12))     # no gradient where a route flips
+    tokens, keep, mask, routes, _ = r.select(torch.arange(12))  # no gradient where a route flips
     old, (names, weights) = r.logp + 0.1 * torch.randn(r.logp.shape), zip(*model.named_parameters())
     def loss(*weights):
         out = torch.func.functional_call(model, dict(zip(names, weights)), (tokens, routes, keep))
@@ -407,7 +431,7 @@ def test_sampled_log_probs_and_routes_are_those_of_scoring(temperature):
     assert gspo.routing_stats(*routing)["expert_change"] == [0, 0]
     again, _ = gspo.rescore(model, r, temperature, micro_tokens=20)
     assert_close(again.logp, r.logp, atol=1e-5, rtol=0)
-    (_, keep, _, routes), sampled = again.select(rows), r.select(rows)[3]
+    (_, keep, _, routes, _), sampled = again.select(rows), r.select(rows)[3]
     assert torch.equal(routes[:, keep], sampled[:, keep])
 
 def test_a_response_ends_with_the_end_token_or_is_cut():
@@ -434,7 +458,7 @@ def test_a_response_depends_on_its_prompt_and_its_luck_alone():
 
 def test_joined_rollouts_keep_their_rows():
     one, two = sample(tiny(), T=3), sample(tiny(), [[2], [3]], seed=1)
-    both = moe.Rollout.join([one, two], [[2, 0], [1]])
+    both = Rollout.join([one, two], [[2, 0], [1]])
     assert both.prompts == [PROMPTS[2], PROMPTS[0], [3]]
     for row, (r, old) in enumerate([(one, i) for i in (8, 9, 10, 11, 0, 1, 2, 3)]
                                    + [(two, i) for i in (4, 5, 6, 7)]):

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 
 import moe
+from data.rollout import Rollout
 
 
 class Response(NamedTuple):
@@ -71,4 +72,4 @@ def explore(config, task, tokenizer, model, step):
         missing -= len(take)
         if not missing:
             break
-    return moe.Rollout.join(rollouts, groups), torch.cat(rewards), responses
+    return Rollout.join(rollouts, groups), torch.cat(rewards), responses

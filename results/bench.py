@@ -39,6 +39,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import gspo
 import moe
 import train
+from data.rollout import Rollout
 from results import compare, hf, report
 
 PROMPT, NEW, LINE, GROUP, STEPS, VOCABULARY = 12, 32, 64, 8, 4, 272
@@ -110,10 +111,11 @@ def forward_flop(config, tokens, seen, unembedded):
                 + unembedded * D * config.vocab_size)
 
 
-def sampling_flop(config, prompts, n):
-    """The prompts, once each or once for every response; then all new tokens but the last."""
+def response_flop(config, prompts, n, new=NEW):
+    """The prompts, once each or once for every response; then all new tokens but the last. What a
+    sampler computes, and a forward pass of an update that computes no padding."""
     return forward_flop(config, prompts * PROMPT, (PROMPT + 1) / 2, prompts) + \
-        forward_flop(config, n * (NEW - 1), PROMPT + NEW / 2, n * (NEW - 1))
+        forward_flop(config, n * (new - 1), PROMPT + new / 2, n * (new - 1))
 
 
 def padding_share():
@@ -127,15 +129,18 @@ def padding_share():
                           torch.randint(20, 51, (B,)))
     mask, model, computed = torch.arange(50) < lengths[:, None], new_model(), []
     routes = torch.zeros(LAYERS, B, 60, 2, dtype=torch.uint8)
-    rollout = moe.Rollout(prompts, mask.long(), 0.0 * mask, mask, routes, lengths)
-    used = lengths + torch.tensor([len(p) for p in prompts]).repeat_interleave(RUN.group_size)
+    rollout = Rollout(prompts, mask.long(), 0.0 * mask, mask, routes, lengths)
+    prompt_lengths = torch.tensor([len(p) for p in prompts])
+    used = lengths + prompt_lengths.repeat_interleave(RUN.group_size)
     most = inspect.signature(gspo.update).parameters["micro_tokens"].default
     parts = [part for rows in torch.arange(B).tensor_split(RUN.mini_batches)
              for part in gspo.micro_batches(rollout, rows, most)]
     model.layers[0].experts.register_forward_hook(lambda _, x, y: computed.append(len(x[0])))
     with torch.no_grad():
         [gspo.score(model, rollout, part) for part in parts]
-    needed = int((used - 1).sum())      # the last token of a response predicts nothing
+    # A prompt once per group and part; the last token of a response predicts nothing.
+    needed = int((lengths - 1).sum()) + sum(
+        int(prompt_lengths[(part // RUN.group_size).unique()].sum()) for part in parts)
     return (1 - needed / sum(computed),
             1 - int(used.sum()) / sum(len(part) * int(used[part].max()) for part in parts))
 
@@ -163,6 +168,24 @@ def our_rl_step(model, optimizer):
     rollout = moe.generate(model, prompts_for(ROWS), GROUP, NEW)
     rewards = (rollout.tokens.sum(1) % 2).float().view(-1, GROUP)       # is the sum of ids odd?
     our_update(model, optimizer, rollout, gspo.group_advantages(rewards).flatten(), STEPS)
+
+
+@torch.inference_mode()
+def products(model, n):
+    """The matrix products of sampling n responses and nothing else, with experts evenly used: what
+    PyTorch makes of the work that no sampler can leave out. Prompts are not even computed."""
+    c, C = model.config, WIDTH // model.config.n_head
+    x, q = torch.randn(n, WIDTH), torch.randn(n * c.n_kv_head, c.n_head // c.n_kv_head, C)
+    blocks = torch.randn(c.n_expert, n * c.n_active // c.n_expert, WIDTH)
+    cache = torch.randn(LAYERS, 2, n * c.n_kv_head, PROMPT + NEW, C)
+    weights = torch.rand(*q.shape[:2], PROMPT + NEW)
+    for S in range(PROMPT + 1, PROMPT + NEW):
+        for layer, (k, v) in zip(model.layers, cache):
+            layer.attention.qkv(x), layer.attention.o(x), layer.experts.router(x)
+            q @ k[:, :S].mT, weights[:, :, :S] @ v[:, :S]
+            h, _ = blocks @ layer.experts.gate.mT, blocks @ layer.experts.up.mT
+            h @ layer.experts.down.mT
+        model.unembed(x)
 
 
 # ---------------------------------------------------------------------------- transformers
@@ -258,7 +281,7 @@ def sampling(results, model, theirs):
     threads = results["threads"]
     def side(model, n, threads=threads):
         return (lambda: moe.generate(model, prompts_for(n), GROUP, NEW),
-                sampling_flop(model.config, n // GROUP, n), threads)
+                response_flop(model.config, n // GROUP, n), threads)
     best = theirs and fastest(
         results, "transformers, sampling",
         [("grouped_mm", True), ("grouped_mm", False), ("eager", True), ("eager", False)],
@@ -267,7 +290,9 @@ def sampling(results, model, theirs):
         sides = {"ours": side(model, n)}
         if theirs and n <= 2 * ROWS:
             sides["transformers"] = (lambda: their_sampling(theirs, n, *best),
-                                     sampling_flop(model.config, n, n), threads)
+                                     response_flop(model.config, n, n), threads)
+        sides["products alone"] = (lambda: products(model, n),
+                                   response_flop(model.config, 0, n), threads)
         if n == 2 * ROWS and threads > 1:
             sides["ours, 1 thread"] = side(model, n, 1)
         measure(results, f"sampling, {n} responses", "tokens/s", n * NEW, sides)
@@ -278,7 +303,8 @@ def sampling(results, model, theirs):
 def optimisation(results, model, optimizer, theirs):
     threads = results["threads"]
     batch = moe.generate(model, prompts_for(ROWS), GROUP, LINE - PROMPT), torch.randn(ROWS)
-    flop = 3 * forward_flop(model.config, ROWS * LINE, (LINE + 1) / 2, ROWS * (LINE - PROMPT))
+    flop, their_flop = (3 * response_flop(model.config, prompts, ROWS, LINE - PROMPT)
+                        for prompts in (ROWS // GROUP, ROWS))
     ours = lambda: our_update(model, optimizer, *batch)
     sides = {"ours": (ours, flop, threads)}
     if theirs:
@@ -288,7 +314,7 @@ def optimisation(results, model, optimizer, theirs):
             results, "transformers, update",
             [(experts, ROWS // k) for experts in ("grouped_mm", "eager") for k in (8, 4, 2, 1)],
             lambda choice: min(seconds(lambda: update(choice)) for _ in range(3)))
-        sides["transformers"] = (lambda: update(best), flop, threads)
+        sides["transformers"] = (lambda: update(best), their_flop, threads)
     if threads > 1:
         sides["ours, 1 thread"] = (ours, flop, 1)
     measure(results, f"update, {ROWS} x {LINE} tokens", "tokens/s", ROWS * LINE, sides)
@@ -297,8 +323,7 @@ def optimisation(results, model, optimizer, theirs):
 def rl_steps(results, model, optimizer, with_trl):
     config, threads, S = model.config, results["threads"], PROMPT + NEW
     what, ours = f"RL step, {ROWS} responses", lambda: our_rl_step(model, optimizer)
-    flop = sampling_flop(config, ROWS // GROUP, ROWS) + \
-        3 * forward_flop(config, ROWS * S, (S + 1) / 2, ROWS * NEW)
+    flop = 4 * response_flop(config, ROWS // GROUP, ROWS)      # a backward pass is two forward ones
     if not with_trl:
         return measure(results, what, "responses/s", ROWS, {"ours": (ours, flop, threads)})
     best = fastest(
@@ -309,7 +334,7 @@ def rl_steps(results, model, optimizer, with_trl):
         # A pass over the rollout more than ours, another one if checkpointed; logits for prompts
         # too, and again in the backward pass.
         passes = 5 if choice[1] is None else 4
-        theirs = sampling_flop(config, ROWS, ROWS) + forward_flop(
+        theirs = response_flop(config, ROWS, ROWS) + forward_flop(
             config, passes * ROWS * S, (S + 1) / 2, 5 * ROWS * (S - 1))
         spent, spent_ours = trl_cycles(model, *choice, results["repeats"], ours)
         record(results, what, "responses/s", ROWS, {"ours": (spent_ours, flop, threads),

@@ -16,7 +16,8 @@ HF_NAMES = {
     "attention_norm": "input_layernorm.weight", "attention": "self_attn", ".qkv.": ".qkv_proj.",
     "q_norm": "q_norm.weight", "k_norm": "k_norm.weight", "model.norm": "model.norm.weight",
     ".o.": ".o_proj.", "experts.router": "mlp.gate", "experts.gate": "mlp.experts.gate_proj",
-    "experts.up": "mlp.experts.up_proj", "experts.down": "mlp.experts.down_proj", "experts_norm": "post_attention_layernorm.weight",
+    "experts.up": "mlp.experts.up_proj", "experts.down": "mlp.experts.down_proj",
+    "experts_norm": "post_attention_layernorm.weight",
     "model.unembed": "lm_head", "embed": "embed_tokens"}
 
 
@@ -25,8 +26,8 @@ def hf_name(name):
 
 
 def halves(x, C):
-    """Our rotary pairs are neighbours, 0 1 2 3 4 5; theirs stand half a head of width C apart:
-    0 2 4 1 3 5. x (..., C, ...) flattened to (heads * C, ...), as in a weight."""
+    """The rows of x (heads * C, ...) in their order. Our rotary pairs are neighbours, 0 1 2 3 4 5;
+    theirs stand half a head apart: 0 2 4 1 3 5."""
     return x.unflatten(0, (-1, C // 2, 2)).transpose(1, 2).flatten(0, 2)
 
 
