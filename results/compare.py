@@ -1,6 +1,7 @@
 """Run several settings with several seeds; results/runs.csv gets a row for every run.
 
     python results/compare.py                  run what is missing, 2 to 8 minutes a run, then:
+    python results/compare.py "GSPO, prompts once"          only this setting, or several
     python results/compare.py --table          print runs.csv: mean and standard deviation
 
 A seed's cold start is made once and shared by the settings, so that they differ in nothing but what
@@ -28,7 +29,9 @@ SETTINGS = {
         ["--algorithm", algorithm, "--routing_replay", kind, *SHORT], [0])
        for algorithm in ("gspo", "grpo") for kind in ("none", "r2", "r3")},
     # The main job again, since padding is no longer computed.
-    "GSPO, faster code": ([], range(5)),
+    "GSPO, faster code": ([], range(3)),
+    # And again, since a group's prompt is computed once in an update.
+    "GSPO, prompts once": ([], range(3)),
     # Every objective, to the end of the main job; its clip range is that of its paper.
     **{f"objective {name}": (["--algorithm", name], [0]) for name in (
         "gspo", "gspo_token", "grpo", "ppo", "dr_grpo", "dapo", "cispo", "gmpo", "sapo", "luspo",
@@ -114,7 +117,7 @@ def main():
     # Asked once: the table that is written makes the checkout dirty.
     commit = shell("git", "describe", "--always", "--dirty", "--exclude", "*")
     for name, (options, seeds) in SETTINGS.items():
-        for seed in seeds:
+        for seed in seeds if name in sys.argv[1:] or not sys.argv[1:] else ():
             rows = read()
             if any(row["setting"] == name and row["seed"] == str(seed) for row in rows):
                 continue
