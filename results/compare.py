@@ -31,7 +31,7 @@ SETTINGS = {
     # The main job again, since padding is no longer computed.
     "GSPO, faster code": ([], range(3)),
     # And again, since a group's prompt is computed once in an update.
-    "GSPO, prompts once": ([], range(3)),
+    "GSPO, prompts once": ([], [0]),
     # Every objective, to the end of the main job; its clip range is that of its paper.
     **{f"objective {name}": (["--algorithm", name], [0]) for name in (
         "gspo", "gspo_token", "grpo", "ppo", "dr_grpo", "dapo", "cispo", "gmpo", "sapo", "luspo",
