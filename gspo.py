@@ -305,12 +305,12 @@ def score(model, rollout, rows, temperature=1.0, replay=False):
 
 
 def micro_batches(rollout, rows, max_tokens):
-    """Cut the rows (b,) into parts of about `max_tokens` each. Groups stay together as far as they
-    can: their prompt is computed once."""
+    """Cut the rows (b,), in their order, into parts of about `max_tokens` each. Only a group that
+    is cut has its prompt computed twice."""
     prompt_lengths = torch.tensor([len(prompt) for prompt in rollout.prompts], device=rows.device)
     group_size = len(rollout.tokens) // len(rollout.prompts)
     lengths = prompt_lengths[rows // group_size] + rollout.lengths[rows]   # (b,)
-    sizes = (lengths.cumsum(dim=0) // max_tokens).bincount().tolist()
+    sizes = ((lengths.cumsum(dim=0) - 1) // max_tokens).bincount().tolist()
     return [part for part in rows.split(sizes) if len(part)]
 
 

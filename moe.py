@@ -18,7 +18,7 @@ The letters in shape comments:
     P prompts   G responses per prompt   B = P*G rows   T tokens   S positions = cache slots
     L layers    E experts                K active       D width    F expert width   V vocabulary
     H query heads   J key/value heads    C head width   b rows alive
-    N tokens that are computed, in one list   M of them whose logits are wanted
+    N tokens that are computed, in one list   M places whose logits are wanted
     n = N*K pairs of a token and an expert that works on it
 """
 from dataclasses import dataclass
@@ -62,7 +62,7 @@ class Output(NamedTuple):
     logits: torch.Tensor    # (B, T, V), or (M, V) if `keep` chose M positions
     hidden: torch.Tensor    # (B, T, D) or (M, D): what the logits are made of
     routes: torch.Tensor    # (L, B, T, K) active experts, most probable first
-    router: torch.Tensor    # (L, B, T, E) the router's logits, fp32; 0 where nothing was computed
+    router: torch.Tensor    # (L, B, T, E) the router's logits, fp32; 0 after the last `keep`
 
 
 class KVCache:
@@ -97,27 +97,28 @@ class Lines:
     """Where the N tokens that are computed stand in B lines of T places. All but attention computes
     these alone: no padding, and once only what several lines begin with.
 
-    wanted (B, T)   True at the places that matter; without it all do, and N = B*T
-    source (B, T)   number b*T + t of the place whose token is computed for this one; see `forward`
+    needed (B, T)   True at the places that matter; without it all do, and N = B*T
+    source (B, T)   number b*T + t of the place whose token is computed for this one; see
+                    MoETransformer
 
-        wanted  1 1 1 0     source  0 1 2 3     tokens are computed at the places 0 1 2 6 7
-                1 1 1 1             0 1 6 7     and are, padded,  0 1 2 2
-                                                                  0 1 3 4   (2 where not wanted)"""
-    def __init__(self, B, T, wanted=None, source=None):
-        self.B, self.T, self.wanted, self.at = B, T, wanted, None
-        if wanted is not None:
-            wanted = wanted.flatten()                                   # (B*T,)
-            source = torch.arange(B * T, device=wanted.device) if source is None else \
-                source.flatten()
-            here = wanted & (source == torch.arange(B * T, device=wanted.device))
+        needed  1 1 1 0         source  0 1 2 3         tokens of the list, padded  0 1 2 .
+                1 1 1 1                 0 1 6 7                                     0 1 3 4
+    computed at the places 0 1 2 6 7 (at); "." is not needed: some other token of the list"""
+    def __init__(self, B, T, needed=None, source=None):
+        self.B, self.T, self.needed, self.at = B, T, needed, None
+        if needed is not None:
+            if source is None:
+                source = torch.arange(B * T, device=needed.device).view(B, T)
+            here = torch.zeros(B * T, dtype=torch.bool, device=needed.device)
+            here = here.index_fill(0, source[needed], True)             # (B*T,) computed here?
             self.at = here.nonzero()[:, 0]                              # (N,) place of a token
-            # (B*T,) number of the token at a place; where none is wanted, any
-            self.number = (here.cumsum(0) - 1).clamp(min=0).index_select(0, source)
+            # (B*T,) which token of the list a place takes
+            self.token = (here.cumsum(0) - 1).clamp(min=0).index_select(0, source.flatten())
 
     def pad(self, x, dim=0):
-        """N tokens along `dim` -> (B, T); where none is wanted, those of some other place."""
+        """N tokens along `dim` -> (B, T)."""
         if self.at is not None:
-            x = x.index_select(dim, self.number)
+            x = x.index_select(dim, self.token)
         return x.unflatten(dim, (self.B, self.T))
 
     def unpad(self, x):
@@ -128,14 +129,14 @@ class Lines:
     def take(self, x, keep):
         """x (N, ...) -> (M, ...), a row for every True in keep (B, T)."""
         places = keep.flatten().nonzero()[:, 0]                         # (M,)
-        return x.index_select(0, places if self.at is None else self.number[places])
+        return x.index_select(0, places if self.at is None else self.token[places])
 
 
 class RMSNorm(torch.autograd.Function):
     """y = w x r, with r = 1 / sqrt(mean(x^2) + eps) over the last dimension (1910.07467, Eq. 4).
 
-    PyTorch derives the gradient of F.rms_norm from its single products and sums, and each of them
-    goes through memory. By hand, with u = x r and g the gradient of y, it is half the work:
+    On a CPU, PyTorch derives the gradient of F.rms_norm from its single products and sums, and each
+    of them goes through memory. By hand, with u = x r and g the gradient of y, it is half the work:
     dw = sum over tokens of g u,   dx = r (g w - u mean(g w u))."""
     @staticmethod
     def forward(ctx, x, weight, eps):
@@ -148,15 +149,15 @@ class RMSNorm(torch.autograd.Function):
     def backward(ctx, g):
         u, r, weight = ctx.saved_tensors
         gu = g * u
-        grad_weight = gu.sum(0)
+        grad_weight = gu.sum(0)             # autograd adds up T too, if x is (B, T, D)
         mean = gu.mul_(weight).mean(-1, keepdim=True)                   # (N, ..., 1)
         grad_x = torch.mul(g, weight, out=gu).addcmul_(u, mean, value=-1).mul_(r)
         return grad_x, grad_weight, None
 
 
 def rms_norm(x, weight, eps):
-    """x (N, ...), weight (...) -> (N, ...)."""
-    if torch.is_grad_enabled():
+    """x (N, ...) or, with a weight of (D,), (B, T, D) -> the same."""
+    if torch.is_grad_enabled() and x.device.type == "cpu":
         return RMSNorm.apply(x, weight, eps)
     return F.rms_norm(x, x.shape[-1:], None, eps) * weight
 
@@ -198,9 +199,11 @@ class Attention(nn.Module):
 
 
 def blockwise(x, end, weights):
-    """Block e of the rows of x (n, I), the one that ends before end[e], times weights[e] (O, I),
-    for all e -> (n, O)."""
-    if x.dtype == torch.float64 or x.device.type == "mps":      # F.grouped_mm may know neither
+    """Block e of the rows of x (n, in), the one that ends before end[e], times weights[e], which is
+    (out, in), for all e -> (n, out)."""
+    aligned = all(size * x.element_size() % 16 == 0 for size in weights.shape[1:])
+    # What F.grouped_mm may not know.
+    if x.dtype == torch.float64 or x.device.type == "mps" or not aligned:
         blocks = x.tensor_split(end[:-1].tolist())
         return torch.cat([block @ weight.T for block, weight in zip(blocks, weights)])
     return F.grouped_mm(x, weights.mT, offs=end)
@@ -218,9 +221,8 @@ class Experts(nn.Module):
         self.down = nn.Parameter(torch.empty(E, D, width))
 
     def forward(self, x, routes):
-        """x (N, D) -> for each of the N*K (token, expert) pairs the number of its token and what
-        that gets, (N*K, D); routes (N, K), the router's logits (N, E). Given `routes` are
-        replayed."""
+        """x (N, D) -> token (n,) and y (n, D): y[i] is to be added to token[i]; routes (N, K), the
+        router's logits (N, E). Given `routes` are replayed."""
         logits = self.router(x).to(torch.promote_types(x.dtype, torch.float32))
         if routes is None:
             routes = logits.topk(self.K).indices                        # (N, K)
@@ -240,13 +242,13 @@ class Experts(nn.Module):
         """What the experts make of their blocks of the rows of x (n, D) -> (n, D)."""
         n, E = len(x), len(self.down)
         if x.device.type == "cpu" and n <= 128 * E:
-            # A CPU works on small products one by one, with one thread. In a batch, padded to the
-            # longest block, it can share them out: worth it if that pads not much beyond double.
+            # Up to 128 rows an expert, a CPU uses one thread for a product. In a batch, padded to
+            # the longest block, both share the work: worth it up to about twice as many rows.
             start = F.pad(end[:-1], (1, 0))                             # (E,)
             longest = int((end - start).max())
             if E * longest <= 2 * n + 16 * E:
                 place = torch.arange(n) + (torch.arange(E) * longest - start)[expert_of]    # (n,)
-                x = x.new_zeros(E * longest, x.shape[1]).index_copy(0, place, x)
+                x = x.new_zeros(E * longest, x.shape[1]).index_copy_(0, place, x)
                 x = x.view(E, longest, -1)                              # (E, longest, D)
                 h = F.silu(x @ self.gate.mT) * (x @ self.up.mT)         # (E, longest, F)
                 return (h @ self.down.mT).flatten(0, 1).index_select(0, place)
@@ -280,17 +282,18 @@ class Layer(nn.Module):
         x = x + self.attention(normed, turn, mask, cache, lines)
         token, y, routes, logits = self.experts(rms_norm(x, self.experts_norm, self.eps), routes)
         # x + y, summed over the K experts of each token.
-        return x.index_add(0, token, y), routes, logits
+        return x.index_add_(0, token, y), routes, logits
 
 
 class MoETransformer(nn.Module):
     """tokens (B, T) -> Output. Padding, on the right, changes nothing elsewhere.
     routes (L, B, T, K)   experts to activate instead of the router's own choice (replay)
-    keep (B, T)           True at the M positions whose logits are wanted; routes and router of what
-                          comes after the last of them in a row are 0
+    keep (B, T)           True at the M positions whose logits are wanted, at least one; without a
+                          cache, routes and router after the last of them in a row are 0
     source (B, T)         if rows begin alike, the number b*T + t of the place whose token is
                           computed for this one, for instance that of the first row that does; it
-                          must stand in the same column, after the same tokens. Needs `keep`.
+                          must stand in the same column, after the same tokens (and routes).
+                          Needs `keep`.
     cache                 a KVCache of what came before; tokens are then padded on the left
     Raises ValueError for more than config.max_length tokens."""
     def __init__(self, config):
@@ -303,6 +306,7 @@ class MoETransformer(nn.Module):
         C = config.d_model // config.n_head
         frequency = config.rope_theta ** (-torch.arange(0, C, 2) / C)   # (C/2,)
         angle = torch.arange(config.max_length)[:, None] * frequency    # (max_length, C/2)
+        # Complex, so that model.bfloat16() leaves it alone; model.to(torch.bfloat16) would not.
         self.register_buffer("turn", torch.polar(torch.ones_like(angle), angle), persistent=False)
         for parameter in self.parameters():
             if parameter.dim() > 1:             # 1/sqrt(inputs): a product keeps the size of x
@@ -313,8 +317,7 @@ class MoETransformer(nn.Module):
         B, T = tokens.shape
         if cache is None and T > self.config.max_length:
             raise ValueError(f"{T} tokens are more than max_length = {self.config.max_length}")
-        lines, J, per_head = Lines(B, T), self.config.n_kv_head, \
-            self.config.n_head // self.config.n_kv_head
+        lines, J = Lines(B, T), self.config.n_kv_head
         if cache is None:       # padding stands on the right: causality alone hides it
             positions = torch.arange(T, device=tokens.device).expand(B, T)
             unseen = (positions[:1] > positions[:1].mT)[None]           # (1, T, S = T)
@@ -325,7 +328,7 @@ class MoETransformer(nn.Module):
             unseen = unseen.repeat_interleave(J, dim=0)                 # (B*J, T, S)
         x = self.embed(lines.unpad(tokens))                             # (N, D)
         turn = self.turn.index_select(0, lines.unpad(positions))[:, None]       # (N, 1, C/2)
-        mask = (-1e9 * unseen).to(x.dtype).repeat(1, per_head, 1)       # (1 or B*J, H/J*T, S)
+        mask = (-1e9 * unseen).to(x.dtype).repeat(1, self.config.n_head // J, 1)    # (1 or B*J, ...)
         all_routes, all_logits = [], []
         for i, layer in enumerate(self.layers):
             replayed = None if routes is None else lines.unpad(routes[i]).long()    # (N, K)
@@ -334,8 +337,8 @@ class MoETransformer(nn.Module):
         x = lines.pad(x) if keep is None else lines.take(x, keep)       # (B, T, D) or (M, D)
         x = rms_norm(x, self.norm, self.config.norm_eps)
         chosen, logits = (lines.pad(torch.stack(y), dim=1) for y in (all_routes, all_logits))
-        if lines.wanted is not None:
-            chosen, logits = chosen * lines.wanted[..., None], logits * lines.wanted[..., None]
+        if lines.needed is not None:
+            chosen, logits = chosen * lines.needed[..., None], logits * lines.needed[..., None]
         return Output(self.unembed(x), x, chosen, logits)               # (L, B, T, K), (L, B, T, E)
 
 

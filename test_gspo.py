@@ -301,10 +301,11 @@ def slow_logp(model, rollout, row, temperature=1.0):
     logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1:-1]
     return (logits / temperature).log_softmax(-1)[range(len(response)), response]
 
-@pytest.mark.parametrize("replayed, N", [(None, 20), (None, 300), ([1, 3, 0], 20), ([2], 200)])
-def test_experts_against_one_token_at_a_time(replayed, N):
+@pytest.mark.parametrize("replayed, N, width", [
+    (None, 20, 8), (None, 300, 8), (None, 300, 7), ([1, 3, 0], 20, 8), ([2], 200, 8)])
+def test_experts_against_one_token_at_a_time(replayed, N, width):
     """Few tokens go through the experts in one padded batch, many, or uneven ones, do not."""
-    experts, x = tiny(n_active=3).layers[0].experts, torch.randn(N, 16)
+    experts, x = tiny(n_active=3, d_expert=width).layers[0].experts, torch.randn(N, 16)
     token, y, routes, _ = experts(x, replayed and torch.tensor([replayed] * N))
     y = torch.stack([y[token == n].sum(0) for n in range(N)])
     for n, logits in enumerate(experts.router(x)):

@@ -35,15 +35,17 @@ class Rollout:
 
         Returns tokens (b, S); `keep` (b, S), True where the *next* token is a response token, so
         that the logits there score it; mask (b, T); routes (L, b, S, K); and `source` (b, S), by
-        which the model computes the prompt of a group once, in its first row. Rows 0 and 1 above:
+        which the model computes the prompt of a group once, in the first of its chosen rows. Rows
+        0 and 1 above:
 
             tokens  3 10 7 9 .      keep  0 1 1 0 0      source  0 1 2 3 4
                     3 10 7 7 9            0 1 1 1 0              0 1 7 8 9
         """
-        device, numbers = self.tokens.device, rows.tolist()
-        prompt_of = [row // (len(self.tokens) // len(self.prompts)) for row in numbers]
-        lines = [torch.tensor(self.prompts[p] + self.tokens[row, :n].tolist())
-                 for p, row, n in zip(prompt_of, numbers, self.lengths[rows].tolist())]
+        device, G = self.tokens.device, len(self.tokens) // len(self.prompts)
+        prompt_of = [row // G for row in rows.tolist()]
+        responses = zip(self.tokens[rows].tolist(), self.lengths[rows].tolist())
+        lines = [torch.tensor(self.prompts[p] + response[:n])
+                 for p, (response, n) in zip(prompt_of, responses)]
         tokens = pad_sequence(lines, batch_first=True).to(device)       # (b, S)
         b, S = tokens.shape
         at = torch.arange(S, device=device)                             # (S,)

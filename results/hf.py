@@ -26,8 +26,8 @@ def hf_name(name):
 
 
 def halves(x, C):
-    """The rows of x (heads * C, ...) in their order. Our rotary pairs are neighbours, 0 1 2 3 4 5;
-    theirs stand half a head apart: 0 2 4 1 3 5."""
+    """The rows of x (heads * C, ...) in the order of `transformers`. Our rotary pairs are
+    neighbours, 0 1 2 3 4 5; theirs stand half a head apart: 0 2 4 1 3 5."""
     return x.unflatten(0, (-1, C // 2, 2)).transpose(1, 2).flatten(0, 2)
 
 
