@@ -328,7 +328,7 @@ class MoETransformer(nn.Module):
             unseen = unseen.repeat_interleave(J, dim=0)                 # (B*J, T, S)
         x = self.embed(lines.unpad(tokens))                             # (N, D)
         turn = self.turn.index_select(0, lines.unpad(positions))[:, None]       # (N, 1, C/2)
-        mask = (-1e9 * unseen).to(x.dtype).repeat(1, self.config.n_head // J, 1)    # (1 or B*J, ...)
+        mask = (-1e9 * unseen).to(x.dtype).repeat(1, self.config.n_head // J, 1)  # (1 or B*J, .)
         all_routes, all_logits = [], []
         for i, layer in enumerate(self.layers):
             replayed = None if routes is None else lines.unpad(routes[i]).long()    # (N, K)
