@@ -351,6 +351,16 @@ def check_request(config, prompts, group_size, max_new_tokens, temperature):
         raise ValueError(f"prompt + max_new_tokens = {S} > max_length = {config.max_length}")
 
 
+def choose(probs, luck):
+    """The first token at which the cumulative probability (b, V) exceeds the row's number from 0 to
+    1, luck (b,) -> (b,)."""
+    cumulative = probs.cumsum(-1)
+    # Rounding must not push the number up to the whole sum, beyond all tokens.
+    number = torch.minimum(luck[:, None] * cumulative[:, -1:], cumulative[:, -1:].nextafter(
+        torch.zeros((), device=probs.device)))                          # (b, 1)
+    return torch.searchsorted(cumulative, number, right=True)[:, 0]
+
+
 @torch.inference_mode()
 def generate(model, prompts, group_size, max_new_tokens, temperature=1.0, eos_id=None, pad_id=0,
              generator=None, greedy=False):
@@ -387,13 +397,7 @@ def generate(model, prompts, group_size, max_new_tokens, temperature=1.0, eos_id
 
     for t in range(T):
         probs = (logits.float() / temperature).softmax(-1)              # (b, V)
-        if greedy:
-            new = probs.argmax(-1)                                      # (b,)
-        else:   # the first token at which the cumulative probability exceeds the row's number
-            cumulative = probs.cumsum(-1)                               # (b, V)
-            number = luck[alive, t, None] * cumulative[:, -1:]          # (b, 1)
-            new = torch.searchsorted(cumulative, number, right=True)[:, 0]
-            new = new.clamp(max=config.vocab_size - 1)
+        new = probs.argmax(-1) if greedy else choose(probs, luck[alive, t])     # (b,)
         tokens[alive, t] = new
         logp[alive, t] = probs.gather(1, new[:, None])[:, 0].log()
         ended = ended | (new == end)

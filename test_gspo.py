@@ -448,6 +448,11 @@ def test_samples_have_the_probabilities_of_the_model():
     share = sample(model, PROMPTS[:1], n, 1).tokens[:, 0].bincount(minlength=12) / n
     assert ((share - p).abs() < 4 * (p * (1 - p) / n).sqrt()).all()
 
+def test_a_token_without_probability_is_never_chosen():
+    luck, p = torch.tensor([0, 0.25, 0.26, 0.75, 1 - 2 ** -24, 1]), torch.tensor([1, 0, 2, 1, 0])
+    for total in (4, 3.9999998, 4.0000005):                 # the sum of p may be off by a rounding
+        assert moe.choose((p / total).repeat(6, 1), luck).tolist() == [0, 2, 2, 3, 3, 3]
+
 def test_a_response_depends_on_its_prompt_and_its_luck_alone():
     r, again, other = sample(tiny()), sample(tiny()), sample(tiny(), [[2, 8], [9], *PROMPTS[2:]])
     assert torch.equal(r.tokens, again.tokens) and torch.equal(r.routes, again.routes)
