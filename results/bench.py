@@ -14,6 +14,7 @@ The peers have the same weights, in fp32, and what is best here among: experts b
 eager, prompts repeated or num_return_sequences, rows in a micro-batch. TRL makes the same 4
 optimiser steps per rollout, "tuned", and "as it comes": gradient checkpointing, bf16 autocast, 8
 rows at a time, the router's auxiliary loss. It always scores a rollout again for its old log-probs.
+"products alone" is no sampler but the limit of one: the matrix products of sampling on noise.
 
 Not measured: GPUs, compiled models, inference engines such as vLLM, long responses, responses of
 different lengths (but for the share of padding), learning. The work is not quite the same: our

@@ -30,7 +30,8 @@ SETTINGS = {
        for algorithm in ("gspo", "grpo") for kind in ("none", "r2", "r3")},
     # The main job again, since padding is no longer computed.
     "GSPO, faster code": ([], range(3)),
-    # And again, since a group's prompt is computed once in an update.
+    # And again, since a group's prompt is computed once in an update. The row "GSPO, before prompts
+    # once" of runs.csv is the same command in a checkout of its commit, on the same day.
     "GSPO, prompts once": ([], [0]),
     # Every objective, to the end of the main job; its clip range is that of its paper.
     **{f"objective {name}": (["--algorithm", name], [0]) for name in (
@@ -114,6 +115,8 @@ def print_table():
 
 
 def main():
+    if unknown := set(sys.argv[1:]) - set(SETTINGS):
+        sys.exit(f"compare.py: {', '.join(unknown)}: no such setting; see SETTINGS")
     # Asked once: the table that is written makes the checkout dirty.
     commit = shell("git", "describe", "--always", "--dirty", "--exclude", "*")
     for name, (options, seeds) in SETTINGS.items():
