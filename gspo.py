@@ -1,8 +1,8 @@
 """Group Sequence Policy Optimization (GSPO, arXiv 2507.18071) and its relatives, one flag apart.
 
-For one question x the old policy writes a group of G responses y_1 .. y_G; a rule gives each a
-reward r_i. A_i = (r_i - mean(r)) / std(r) says how much better y_i is than its siblings (Eq. 6).
-The new policy is moved towards the better ones, but not far from the policy that wrote them:
+For one question x the old policy writes a group of G responses y_1 .. y_G, and a rule gives each a
+reward r_i. The advantage A_i = (r_i - mean(r)) / std(r) says how much better y_i is than its
+siblings (Eq. 6). The new policy moves towards the better ones, but not far from the old policy:
 
     GSPO  J = E[ 1/G sum_i min( s_i A_i, clip(s_i, 1-low, 1+high) A_i ) ]                   (Eq. 5)
           s_i = ( pi_new(y_i|x) / pi_old(y_i|x) )^(1/|y_i|)                                 (Eq. 7)
@@ -10,52 +10,487 @@ The new policy is moved towards the better ones, but not far from the policy tha
     GRPO  J = E[ 1/G sum_i 1/|y_i| sum_t min( w_it A_i, clip(w_it, 1-low, 1+high) A_i ) ]   (Eq. 2)
           w_it = pi_new(y_it) / pi_old(y_it)                                                (Eq. 3)
 
-GSPO has one ratio for a whole response and keeps or clips the response as one; GRPO has a ratio for
-every token and clips tokens. Clipping aside, this is the one difference in the gradient: every
-token of y_i gets the weight s_i A_i / |y_i| (Eq. 10), or its own, w_it A_i / |y_i| (Eq. 12). If the
-log-ratio of a token jumps, say because other experts worked on it, log s_i moves by a |y_i|-th of
-that jump.
+GSPO has one ratio for a whole response and keeps or clips the response as one. GRPO has a ratio for
+every token and clips tokens. Apart from the clip this is the only difference in the gradient: each
+token of y_i has the weight s_i A_i / |y_i| in GSPO (Eq. 10) and its own weight w_it A_i / |y_i| in
+GRPO (Eq. 12). When the log-ratio of one token jumps, say because the router sent it to other
+experts, log s_i moves by only 1/|y_i| of that jump.
 
-The relatives change the ratio, the clip, how the tokens' terms are added up, or the advantages. The
-table ALGORITHMS has a row for each of them.
+Read on in this order: advantages, Eq. 5 in a straight line, ratios, clip, GSPO, GRPO, the loss, the
+update. Below the second banner stand the relatives with the table ALGORITHMS, then what some of
+them need beside: a second scoring, a KL term, a critic; and the metrics.
 
-`group_advantages` compares the rewards of a rollout; `update` makes the optimiser's steps and calls
-`policy_loss`, a pure function of tensors, for each.
-Letters: P prompts, G group size, B = P*G responses, T tokens, L layers, E experts, K active, D
-width, V vocabulary; b rows and M response tokens of a micro-batch, as much as is computed at once.
+Letters as in moe.py: B = P*G responses to P prompts, S columns, the last T of them the responses';
+N real tokens, L layers, E experts, K active experts, D width. A is an advantage.
 """
-from dataclasses import replace
+import time
+from dataclasses import dataclass, replace
 from math import isfinite
 from typing import Callable, NamedTuple
 
 import torch
+from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
-# exp(20) is finite in fp32; unbounded, inf * 0 would be a NaN gradient. No healthy run comes near.
+from moe import MoETransformer, Rollout
+
+# exp(20) is finite in fp32. Without a bound, inf * 0 would be a NaN gradient; no healthy run comes
+# near it.
 MAX_LOG_RATIO = 20.0
-SAPO_TAU = 1.0, 1.05        # the gate for A < 0 closes a little faster than that for A > 0
-VALUE_CLIP, VALUE_COEF = 0.2, 0.1       # PPO: how far a value may move; weight of its loss
 
 
-def group_advantages(rewards, scale="std"):
+def group_advantages(rewards: Tensor, scale: str = "std") -> Tensor:
     """Rewards (P, G) -> advantages (P, G): how far above its group's mean, in standard deviations.
 
     The paper (Eq. 6) does not say which standard deviation. This is the sample one (G - 1), as in
     TRL and verl but without their epsilon: [1, 0, 0, 0] -> [1.5, -0.5, -0.5, -0.5]. A group whose
-    rewards are all equal says nothing and gets exactly 0. `scale="none"` leaves the division out
+    rewards are all equal teaches nothing and gets exactly 0. `scale="none"` leaves the division out
     (Dr. GRPO, 2503.20783). ValueError for rewards that are not finite."""
     if not torch.isfinite(rewards).all():
         raise ValueError(f"rewards must be finite numbers; these are {rewards.tolist()}")
-    centred = rewards - rewards.mean(dim=1, keepdim=True)                  # (P, G)
-    if scale == "std":
-        centred = centred / rewards.std(dim=1, keepdim=True)
-    elif scale != "none":
+    if scale not in ("std", "none"):
         raise ValueError(f"scale is {scale!r}; it can be 'std' or 'none'")
-    differ = rewards.amax(dim=1, keepdim=True) > rewards.amin(dim=1, keepdim=True)   # (P, 1)
-    return torch.where(differ, centred, 0.0)     # exact: rounding could leave 1e-8 / 1e-8
+    advantages = rewards - rewards.mean(dim=1, keepdim=True)               # (P, G)
+    if scale == "std":
+        advantages = advantages / rewards.std(dim=1, keepdim=True)
+    highest = rewards.amax(dim=1, keepdim=True)                            # (P, 1)
+    lowest = rewards.amin(dim=1, keepdim=True)
+    # Exactly 0 where all are equal; rounding could leave 1e-8 / 1e-8.
+    return torch.where(highest > lowest, advantages, 0.0)
 
 
-def mismatch_weights(kind, logp_old, logp_sampler):
+def gspo_objective(logp: Tensor, logp_old: Tensor, advantages: Tensor, mask: Tensor,
+                   clip_low: float, clip_high: float) -> Tensor:
+    """Eq. 5 in a straight line: the objective J of GSPO, a scalar to maximise.
+
+    `policy_loss` below gives the same number with its sign turned, and serves every objective.
+    Log-probs (B, T), advantages (B,), mask (B, T) True for response tokens, one at least in a row.
+
+    Two responses, of 3 tokens and of 2. The first is good (A = 1) and has become likelier, beyond
+    the clip range. The second is bad (A = -1) and has become likelier too: it keeps its gradient.
+
+    >>> logp_old = torch.tensor([[-1.0, -2.0, -0.5], [-0.7, -0.3, 0.0]])
+    >>> logp     = torch.tensor([[-0.9, -1.7, -0.6], [-0.6, -0.2, 0.0]])   # both: 0.1 on average
+    >>> mask     = torch.tensor([[True, True, True], [True, True, False]])
+    >>> J = gspo_objective(logp, logp_old, torch.tensor([1.0, -1.0]), mask, 0.05, 0.05)
+    >>> round(J.item(), 4)      # s = exp(0.1) = 1.1052 twice: (min(1.1052, 1.05) - 1.1052) / 2
+    -0.0276
+    """
+    log_w = torch.where(mask, logp - logp_old.detach(), 0.0)               # (B, T)  log of Eq. 3
+    s = (log_w.sum(dim=1) / mask.sum(dim=1)).exp()                         # (B,)    Eq. 7
+    clipped_s = s.clamp(1 - clip_low, 1 + clip_high)
+    unclipped = s * advantages
+    clipped = clipped_s * advantages
+    return torch.minimum(unclipped, clipped).mean()                        #         Eq. 5
+
+
+# ---------------------------------------------------------------------------- the objectives
+
+class Ratios(NamedTuple):
+    """What the objectives are made of; all (B, T)."""
+    logp: Tensor        # under the policy being trained, where all gradient comes from
+    log_w: Tensor       # logp - logp_old, the log of Eq. 3; 0 outside the responses
+    log_s: Tensor       # its mean over the response, the log of Eq. 7, repeated along the row
+    mask: Tensor
+
+
+def response_mean(x: Tensor, mask: Tensor) -> Tensor:
+    """The mean of x (B, T), 0 outside the mask, over each response, all along its row (B, T)."""
+    lengths = mask.sum(dim=1).clamp(min=1)
+    return (x.sum(dim=1) / lengths)[:, None].expand_as(x)
+
+
+def ratios(logp: Tensor, logp_old: Tensor, mask: Tensor) -> Ratios:
+    """Log-probs (B, T) under both policies, mask (B, T) of booleans -> the log-ratios."""
+    # GSPO's clip range, 3e-4, is finer than bf16 near 1, whose step is 8e-3: at least fp32.
+    dtype = torch.promote_types(logp.dtype, torch.float32)
+    logp = torch.where(mask, logp, 0).to(dtype)
+    logp_old = torch.where(mask, logp_old.detach(), 0).to(dtype)
+    log_w = logp - logp_old
+    # The bound comes after the mean: a bound on single tokens would change s.
+    log_s = response_mean(log_w, mask)
+    return Ratios(logp, log_w.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO),
+                  log_s.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO), mask)
+
+
+# Each objective gives what every token contributes and where the clip is active, (B, T) both.
+# The advantages A are (B, T).
+
+def clip(ratio: Tensor, A: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
+    """min(ratio * A, clip(ratio) * A). Beyond the clip range there is nothing more to gain and no
+    gradient. A ratio that moved against A (up with A < 0, down with A > 0) keeps its gradient."""
+    contribution = torch.minimum(ratio * A, ratio.clamp(1 - low, 1 + high) * A)
+    clipped = torch.where(A > 0, ratio > 1 + high, ratio < 1 - low)
+    return contribution, clipped
+
+
+def gspo(r: Ratios, A: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
+    return clip(r.log_s.exp(), A, low, high)                               # Eq. 5 and 7
+
+
+def grpo(r: Ratios, A: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
+    return clip(r.log_w.exp(), A, low, high)                               # Eq. 2 and 3
+
+
+def policy_loss(algorithm: str, logp: Tensor, logp_old: Tensor, advantages: Tensor, mask: Tensor,
+                clip_low: float | None = None, clip_high: float | None = None,
+                token_weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The loss to minimise, and the tokens that the clip holds. A pure function of tensors.
+
+    logp (B, T)          log-probs of the response tokens under the policy being trained
+    logp_old (B, T)      the same under the policy that sampled them
+    advantages (B,)      one per response; or (B, T), one per token, if not gspo, luspo or gmpo
+    mask (B, T)          true (or 1) for response tokens, the end token included. What stands
+                         elsewhere, be it NaN, is ignored. A row without tokens is worth 0, but
+                         counts as a response.
+    clip_low, clip_high  by default those of ALGORITHMS; sapo and reinforce have none
+    token_weights (B,)   how much a response's tokens count each, if the rows are only a part of
+                         the mini-batch; by default as in ALGORITHMS, the longest length being T
+    Returns the loss, a scalar, and `clipped` (B, T): True where the clip removes the gradient (for
+    cispo: where it limits the weight)."""
+    objective_of, weights_of, clip_range, _ = algorithm_row(algorithm)
+    if objective_of in ONE_ADVANTAGE_PER_RESPONSE and advantages.dim() == 2:
+        raise ValueError(f"{algorithm} has one advantage per response, not per token: (B,)")
+    low = clip_range[0] if clip_low is None else clip_low
+    high = clip_range[1] if clip_high is None else clip_high
+    mask = mask > 0                                                        # of any dtype
+    r = ratios(logp, logp_old, mask)                                       # (B, T) each
+    A = advantages.detach().to(r.logp.dtype)
+    if A.dim() == 1:
+        A = A[:, None]
+    A = torch.where(mask, A, 0)                                            # (B, T)
+    if token_weights is None:
+        lengths = mask.sum(dim=1).clamp(min=1).to(A.dtype)                 # (B,)
+        token_weights = weights_of(lengths, mask.shape[1])                 # (B,)
+
+    # For GSPO all tokens of a response contribute the same and weigh 1/(B |y_i|): their sum is the
+    # one term per response that Eq. 5 has.
+    contribution, clipped = objective_of(r, A, low, high)                  # (B, T) each
+    per_response = torch.where(mask, contribution, 0).sum(dim=1)           # (B,)
+    objective = (per_response * token_weights).sum()
+    return -objective, clipped & (A != 0)
+
+
+# ---------------------------------------------------------------------------- the update
+
+@dataclass(frozen=True)
+class Settings:
+    """How to update; train.py explains each of them. ValueError for what does not go together."""
+    algorithm: str = "gspo"
+    clip_low: float | None = None       # None: what ALGORITHMS has; so are the next two
+    clip_high: float | None = None
+    scale: str | None = None
+    mini_batches: int = 4
+    temperature: float = 1.0
+    max_grad_norm: float = 1.0
+    max_new_tokens: int = 64            # the longest response, by which dr_grpo divides
+    micro_tokens: int = 8192            # columns computed at once: bounds the memory, nothing else
+    routing_replay: str = "none"
+    recompute_logp_old: bool = False
+    correction: str = "none"
+    kl_coef: float = 0.0
+    gamma: float = 1.0
+    gae_lambda: float = 0.95
+
+    def __post_init__(self):
+        row = algorithm_row(self.algorithm)
+        defaults = {"clip_low": row.clip[0], "clip_high": row.clip[1], "scale": row.scale}
+        for name, default in defaults.items():
+            value = getattr(self, name)
+            if value is None:
+                object.__setattr__(self, name, default)
+            elif default is None:
+                raise ValueError(f"{name} is {value}, but {self.algorithm} has none; leave it out")
+        if self.correction != "none" and row.objective in ONE_ADVANTAGE_PER_RESPONSE:
+            raise ValueError(f"correction is {self.correction}, which weighs tokens, but "
+                             f"{self.algorithm} weighs whole responses; take gspo_token")
+
+
+@dataclass
+class Experience:
+    """What an update learns from: a rollout and what is known of it."""
+    rollout: Rollout
+    advantages: Tensor                  # (B,) or (B, T)
+    logp_ref: Tensor | None = None      # (B, T) under the reference policy, for the KL term
+    critic: "Critic | None" = None      # for ppo
+
+    def select(self, rows: Tensor) -> "Experience":
+        return Experience(
+            self.rollout.select(rows), self.advantages[rows],
+            None if self.logp_ref is None else self.logp_ref[rows],
+            None if self.critic is None else self.critic.select(rows))
+
+
+class Scores(NamedTuple):
+    """Responses under the model as it is now."""
+    logp: Tensor            # (B, T), 0 in padding
+    entropy: Tensor         # (B, T) of the distribution that each token was chosen from, in nats
+    hidden: Tensor          # (B, T, D): the logits of each token were made of these
+    routes: Tensor          # (L, B, S, K), of prompt and response
+    router_logits: Tensor   # (L, B, S, E)
+
+    @staticmethod
+    def join(parts: list["Scores"]) -> "Scores":
+        """The scores of several parts of a batch in one, without their gradient."""
+        logp, entropy, hidden, routes, router_logits = zip(*parts)
+        return Scores(torch.cat(logp).detach(), torch.cat(entropy), torch.cat(hidden).detach(),
+                      torch.cat(routes, dim=1), torch.cat(router_logits, dim=1).detach())
+
+
+def score(model: MoETransformer, rollout: Rollout, temperature: float = 1.0,
+          replay: bool = False) -> Scores:
+    """Score the responses of a rollout, on the distribution that they were sampled from."""
+    T = rollout.logp.shape[1]
+    routes = rollout.routes if replay else None
+    out = model(rollout.tokens, rollout.mask, routes, logits_to_keep=T + 1)
+    # The logits of a column predict the token of the next one: those of the last predict nothing.
+    log_probs = (out.logits[:, :-1] / temperature).log_softmax(dim=-1)     # (B, T, vocab_size)
+    logp = log_probs.gather(2, rollout.response[..., None])[..., 0]        # (B, T)
+    logp = torch.where(rollout.response_mask, logp, 0)
+    with torch.no_grad():
+        entropy = -(log_probs.exp() * log_probs).sum(dim=-1)               # (B, T)
+    return Scores(logp, entropy, out.hidden[:, :-1], out.routes, out.router_logits)
+
+
+def update(model: MoETransformer, optimizer: torch.optim.Optimizer, experience: Experience,
+           settings: Settings, steps: int | None = None) -> list[dict]:
+    """One optimiser step for each mini-batch of whole groups -> a dict of metrics for each step.
+
+    `steps` makes only the first so many. A mini-batch without any signal has no step. The optimizer
+    must know the parameters of a critic's head too. FloatingPointError, before the step, if the
+    loss or the gradient is not finite."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    lengths = experience.rollout.lengths                                   # (B,)
+    rows_of_groups = torch.arange(len(lengths), device=lengths.device)
+    rows_of_groups = rows_of_groups.view(-1, experience.rollout.group_size)        # (P, G)
+    metrics = []
+    for index, groups in enumerate(rows_of_groups.tensor_split(settings.mini_batches)[:steps]):
+        mini_batch = experience.select(groups.flatten())
+        optimizer.zero_grad()
+        result = accumulate_gradient(model, mini_batch, settings)
+        if result is None:
+            continue
+        loss, step_metrics = result
+        grad_norm = nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm).item()
+        if not (isfinite(loss) and isfinite(grad_norm)):
+            raise FloatingPointError(f"loss {loss}, gradient norm {grad_norm}")
+        optimizer.step()
+        metrics.append({"mini_batch": index, "loss": loss, "grad_norm": grad_norm} | step_metrics)
+    return metrics
+
+
+def accumulate_gradient(model: MoETransformer, mini_batch: Experience,
+                        settings: Settings) -> tuple[float, dict] | None:
+    """Add the gradient of a mini-batch's loss to the parameters, a part at a time -> the policy
+    loss and the metrics; None if no response has a gradient."""
+    lengths = mini_batch.rollout.lengths.float()                           # (b,)
+    weights_of = algorithm_row(settings.algorithm).token_weights
+    token_weights = weights_of(lengths, settings.max_new_tokens)           # (b,)
+    mean_weights = seq_mean_token_mean(lengths, settings.max_new_tokens)   # (b,)
+    # A response with A = 0 counts in these weights but has no gradient: it is not computed, unless
+    # another loss needs it.
+    needed = mini_batch.advantages != 0                                    # (b,) or (b, T)
+    if needed.dim() == 2:
+        needed = needed.any(dim=1)
+    needed = needed | bool(settings.kl_coef or mini_batch.critic)          # (b,)
+    if not needed.any():
+        return None
+    learned = mini_batch.select(needed)
+    token_weights = token_weights[needed]
+    mean_weights = mean_weights[needed]
+
+    total = 0.0
+    all_scores = []
+    all_clipped = []
+    for rows in micro_batches(learned.rollout, settings):
+        part = learned.select(rows)
+        mask = part.rollout.response_mask
+        # logp_old was stored when the responses were sampled. In the first mini-batch the model has
+        # not moved since: every ratio is 1 and nothing is clipped. Each step moves it further away.
+        logp_old = part.rollout.logp
+        scores = score(model, part.rollout, settings.temperature, settings.routing_replay != "none")
+        loss, clipped = policy_loss(
+            settings.algorithm, scores.logp, logp_old, part.advantages, mask,
+            settings.clip_low, settings.clip_high, token_weights[rows])
+        (loss + extra_losses(part, scores, mean_weights[rows], settings)).backward()
+        total += loss.item()
+        all_scores.append(scores)
+        all_clipped.append(clipped)
+    return total, update_metrics(learned, Scores.join(all_scores), torch.cat(all_clipped))
+
+
+def micro_batches(rollout: Rollout, settings: Settings) -> tuple[Tensor, ...]:
+    """The numbers of the rows, in parts of about `micro_tokens` columns: as much as is computed at
+    once. That bounds the memory and changes no result."""
+    B, S = rollout.tokens.shape
+    rows = torch.arange(B, device=rollout.tokens.device)
+    return rows.split(max(1, settings.micro_tokens // S))
+
+
+# ---------------------------------------------------------------------------- the relatives
+
+def gspo_token(r: Ratios, A: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
+    # Eq. 13-14: the value is s_i, the gradient that of the token alone. The bracket is exactly 0
+    # and must be formed first: s_i is so near 1 that adding it to logp would lose it to rounding.
+    log_s = (r.logp - r.logp.detach()) + r.log_s.detach()
+    return clip(log_s.exp(), A, low, high)
+
+
+def cispo(r: Ratios, A: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
+    # The weight is clipped, not the gradient: every token keeps one.
+    w = r.log_w.exp().detach()
+    contribution = w.clamp(1 - low, 1 + high) * A * r.logp
+    return contribution, (w < 1 - low) | (w > 1 + high)
+
+
+def gmpo(r: Ratios, A: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
+    # Tokens are clipped first (in log w, on the side that A asks for), then their geometric mean
+    # is taken. Without the clip this is GSPO.
+    log_w = torch.where(A > 0, r.log_w.clamp(max=high), r.log_w.clamp(min=-low))
+    return response_mean(log_w, r.mask).exp() * A, log_w != r.log_w
+
+
+SAPO_TAU_POSITIVE = 1.0
+SAPO_TAU_NEGATIVE = 1.05    # the gate for A < 0 closes a little faster
+
+
+def sapo(r: Ratios, A: Tensor, low: None, high: None) -> tuple[Tensor, Tensor]:
+    # A gate in place of the clip: its slope, sech^2(tau/2 (w - 1)), falls smoothly from 1 at w = 1.
+    tau = torch.full_like(A, SAPO_TAU_NEGATIVE).masked_fill(A > 0, SAPO_TAU_POSITIVE)
+    contribution = 4 / tau * torch.sigmoid(tau * (r.log_w.exp() - 1)) * A
+    return contribution, torch.zeros_like(r.mask)
+
+
+def reinforce(r: Ratios, A: Tensor, low: None, high: None) -> tuple[Tensor, Tensor]:
+    # No ratio: unbiased in the first mini-batch only, where the policy is still the sampler's.
+    return r.logp * A, torch.zeros_like(r.mask)
+
+
+ONE_ADVANTAGE_PER_RESPONSE = (gspo, gmpo)
+
+
+# How much each token of a response counts in the objective: lengths |y| (B,) of the responses, and
+# the longest length that there can be -> weights (B,). The names are those that verl uses.
+
+def seq_mean_token_mean(lengths: Tensor, longest: int) -> Tensor:
+    return 1 / (len(lengths) * lengths)                 # 1/B sum_i 1/|y_i| sum_t
+
+
+def token_mean(lengths: Tensor, longest: int) -> Tensor:
+    return torch.ones_like(lengths) / lengths.sum()     # 1/(sum_i |y_i|) sum_i sum_t
+
+
+def seq_mean_token_sum(lengths: Tensor, longest: int) -> Tensor:
+    return torch.ones_like(lengths) / len(lengths)      # 1/B sum_i sum_t
+
+
+def seq_mean_token_sum_norm(lengths: Tensor, longest: int) -> Tensor:
+    return torch.ones_like(lengths) / (len(lengths) * longest)      # 1/(B longest) sum_i sum_t
+
+
+class Algorithm(NamedTuple):
+    objective: Callable         # (Ratios, A, low, high) -> contribution and clipped, (B, T) both
+    token_weights: Callable     # how the contributions of tokens are added up
+    clip: tuple                 # low, high: of s for gspo and luspo, of log w for gmpo, else of w
+    scale: str | None           # of group_advantages; None for ppo: a critic gives its advantages
+
+
+# The clip ranges are the papers', but for gspo. The GSPO paper has 3e-4 and 4e-4, for responses of
+# thousands of tokens. In one of 30 tokens a single token moves their mean far more, and ten times
+# the range learned faster on all of five seeds (results/README.md).
+ALGORITHMS = {
+    "gspo": Algorithm(gspo, seq_mean_token_mean, (3e-3, 4e-3), "std"),              # 2507.18071
+    # For advantages per token; with one per response it equals gspo in value and gradient.
+    "gspo_token": Algorithm(gspo_token, seq_mean_token_mean, (3e-3, 4e-3), "std"),  # 2507.18071
+    # The range is that of the GSPO paper's GRPO.
+    "grpo": Algorithm(grpo, seq_mean_token_mean, (0.2, 0.27), "std"),               # 2402.03300
+    "ppo": Algorithm(grpo, seq_mean_token_mean, (0.2, 0.2), None),                  # 1707.06347
+    # No std and no 1/|y|: it argues that both are biases, to easy or hard questions and to length.
+    "dr_grpo": Algorithm(grpo, seq_mean_token_sum_norm, (0.2, 0.2), "none"),        # 2503.20783
+    # More room upwards, for rare tokens; long responses count more.
+    "dapo": Algorithm(grpo, token_mean, (0.2, 0.28), "std"),                        # 2503.14476
+    # Weights from 0 to 5: no lower bound, as in the paper; the upper one is what TRL recommends.
+    "cispo": Algorithm(cispo, token_mean, (1.0, 4.0), "std"),                       # 2506.13585
+    "gmpo": Algorithm(gmpo, seq_mean_token_mean, (0.4, 0.4), "std"),                # 2507.20673
+    "sapo": Algorithm(sapo, seq_mean_token_mean, (None, None), "std"),              # 2511.20347
+    # GSPO times |y|: it argues that GSPO's 1/|y| makes responses shrink.
+    "luspo": Algorithm(gspo, seq_mean_token_sum, (2e-3, 2.5e-3), "std"),            # 2602.05261
+    "reinforce": Algorithm(reinforce, seq_mean_token_mean, (None, None), "none"),
+}
+
+
+def algorithm_row(name: str) -> Algorithm:
+    if name not in ALGORITHMS:
+        raise ValueError(f"algorithm is {name!r}; it can be one of {', '.join(ALGORITHMS)}")
+    return ALGORITHMS[name]
+
+
+# ---------------------------------------------------------------------------- beside the objective
+
+@torch.no_grad()
+def rescore(model: MoETransformer, rollout: Rollout, settings: Settings, replay: bool = False,
+            head: nn.Module | None = None) -> tuple[Rollout, Tensor]:
+    """The rollout with the log-probs and routes of a pass of the trainer in place of the sampler's,
+    and the values (B, T) of a critic's `head`, which are 0 without one and in padding."""
+    parts = [score(model, rollout.select(rows), settings.temperature, replay)
+             for rows in micro_batches(rollout, settings)]
+    scores = Scores.join(parts)
+    values = torch.zeros_like(scores.logp)
+    if head:
+        values = head(scores.hidden)[..., 0] * rollout.response_mask
+    return replace(rollout, logp=scores.logp, routes=scores.routes.to(torch.uint8)), values
+
+
+def prepare(model: MoETransformer, rollout: Rollout, rewards: Tensor, settings: Settings,
+            reference: MoETransformer | None = None,
+            head: nn.Module | None = None) -> tuple[Experience, dict]:
+    """A rollout and its rewards (P, G) -> what `update` learns from, and metrics.
+
+    By default that is the rollout as it was sampled and its group advantages. The trainer scores it
+    again for settings that ask for it and for ppo, whose critic has the `head`. A `reference` is
+    the policy that the KL term holds on to."""
+    metrics = {}
+    logp_sampler = rollout.logp
+    corrected = settings.correction != "none"
+    values = None
+    if settings.recompute_logp_old or corrected or head or settings.routing_replay == "r2":
+        began = time.time()
+        rollout, values = rescore(model, rollout, settings, settings.routing_replay == "r3", head)
+        metrics["seconds_rescoring"] = time.time() - began
+    logp_ref = None
+    if reference:
+        logp_ref = rescore(reference, rollout, settings)[0].logp
+        weights = seq_mean_token_mean(rollout.lengths, settings.max_new_tokens)
+        kl = kl_loss(rollout.logp, logp_ref, rollout.response_mask, weights)
+        metrics["kl_ref"] = kl.item()
+    critic = None
+    if head:
+        advantages, critic = ppo_advantages(rollout, head, values, rewards.flatten(), settings)
+        error = (critic.returns - values)[rollout.response_mask]
+        metrics["value_error"] = error.square().mean().item()
+    else:
+        advantages = group_advantages(rewards, settings.scale).flatten()   # (B,)
+    if corrected:
+        weights = mismatch_weights(settings.correction, rollout.logp, logp_sampler)     # (B, T)
+        advantages = advantages.view(len(weights), -1) * weights
+    return Experience(rollout, advantages, logp_ref, critic), metrics
+
+
+def extra_losses(part: Experience, scores: Scores, mean_weights: Tensor,
+                 settings: Settings) -> Tensor | float:
+    """What some settings add to the policy loss: a KL term, and the loss of PPO's critic."""
+    mask = part.rollout.response_mask
+    loss = 0.0
+    if settings.kl_coef:
+        loss += settings.kl_coef * kl_loss(scores.logp, part.logp_ref, mask, mean_weights)
+    if part.critic:
+        values = part.critic.head(scores.hidden)[..., 0]                   # (B, T)
+        loss += VALUE_COEF * value_loss(values, part.critic.values, part.critic.returns, mask,
+                                        mean_weights)
+    return loss
+
+
+def mismatch_weights(kind: str, logp_old: Tensor, logp_sampler: Tensor) -> Tensor:
     """What to multiply each token's advantage with if the sampler's policy mu, say one in lower
     precision, was not quite pi_old: pi_old / mu, cut at 2 ("tis", truncated importance sampling) or
     0 outside [0.5, 5] ("icepop"). All (B, T). Not to be confused with the objective's own ratio."""
@@ -65,187 +500,58 @@ def mismatch_weights(kind, logp_old, logp_sampler):
     return torch.where((ratio >= 0.5) & (ratio <= 5), ratio, 0)
 
 
-# ---------------------------------------------------------------------------- the objectives
-
-class Ratios(NamedTuple):
-    """What an objective is made of; all (B, T)."""
-    logp: torch.Tensor          # under the policy being trained, where all gradient comes from
-    log_w: torch.Tensor         # logp - logp_old, the log of Eq. 3; 0 outside the responses
-    log_s: torch.Tensor         # its mean over the response, the log of Eq. 7, in all of the row
-    mask: torch.Tensor
-
-
-def response_mean(x, mask):
-    """The mean of x (B, T), 0 outside the mask, over each response, all along its row (B, T)."""
-    return (x.sum(dim=1) / mask.sum(dim=1).clamp(min=1))[:, None].expand_as(x)
-
-
-def ratios(logp, logp_old, mask):
-    # GSPO's clip range, 3e-4, is below the resolution of bf16 at 1, 8e-3: use fp32 at the least.
-    dtype = torch.promote_types(logp.dtype, torch.float32)
-    logp, logp_old = (torch.where(mask, x, 0).to(dtype) for x in (logp, logp_old.detach()))
-    log_w = logp - logp_old
-    # Bounded after the mean, not before: a bound on single tokens would change s.
-    log_s = response_mean(log_w, mask)
-    bound = lambda x: x.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-    return Ratios(logp, bound(log_w), bound(log_s), mask)
-
-
-# Each gives a token's term of the objective and where the clip holds, (B, T) both. A is (B, T).
-
-def clip(ratio, A, low, high):
-    """The smaller of the two: past the clip range there is nothing more to gain, but a ratio that
-    has moved against A (up and A < 0, down and A > 0) keeps its gradient."""
-    term = torch.minimum(ratio * A, ratio.clamp(1 - low, 1 + high) * A)
-    return term, torch.where(A > 0, ratio > 1 + high, ratio < 1 - low)
-
-
-def gspo(r, A, low, high):
-    return clip(r.log_s.exp(), A, low, high)                               # Eq. 5 and 7
-
-
-def gspo_token(r, A, low, high):
-    # Eq. 13-14: worth s_i, with the gradient of the token alone. The bracket is exactly 0 and must
-    # be formed first: s_i is so near 1 that adding it to logp would lose it to rounding.
-    return clip(((r.logp - r.logp.detach()) + r.log_s.detach()).exp(), A, low, high)
-
-
-def grpo(r, A, low, high):
-    return clip(r.log_w.exp(), A, low, high)                               # Eq. 2 and 3
-
-
-def cispo(r, A, low, high):
-    # The weight is clipped, not the gradient: every token keeps one.
-    w = r.log_w.exp().detach()
-    return w.clamp(1 - low, 1 + high) * A * r.logp, (w < 1 - low) | (w > 1 + high)
-
-
-def gmpo(r, A, low, high):
-    # Tokens are clipped (in log w, on the side that A asks for), and then their geometric mean is
-    # taken. Without the clip this is GSPO.
-    log_w = torch.where(A > 0, r.log_w.clamp(max=high), r.log_w.clamp(min=-low))
-    return response_mean(log_w, r.mask).exp() * A, log_w != r.log_w
-
-
-def sapo(r, A, low, high):
-    # No clip but a gate: its slope, sech^2(tau/2 (w - 1)), falls from 1 at w = 1 to 0, smoothly.
-    tau = torch.where(A > 0, *A.new_tensor(SAPO_TAU))
-    return 4 / tau * torch.sigmoid(tau * (r.log_w.exp() - 1)) * A, torch.zeros_like(r.mask)
-
-
-def reinforce(r, A, low, high):
-    # No ratio: unbiased in the first mini-batch only, where the policy is still the sampler's.
-    return r.logp * A, torch.zeros_like(r.mask)
-
-
-# How much a token's term counts in the objective: lengths n (B,) of the responses, and Y, that of
-# the longest there can be -> (B,). The names are verl's.
-seq_mean_token_mean = lambda n, Y: 1 / (len(n) * n)                 # 1/B sum_i 1/|y_i| sum_t
-token_mean = lambda n, Y: torch.ones_like(n) / n.sum()              # 1/sum_i |y_i|  sum_i sum_t
-seq_mean_token_sum = lambda n, Y: torch.ones_like(n) / len(n)       # 1/B sum_i sum_t
-seq_mean_token_sum_norm = lambda n, Y: torch.ones_like(n) / (len(n) * Y)    # 1/(B Y) sum_i sum_t
-
-
-class Algorithm(NamedTuple):
-    term: Callable      # a token's term
-    weight: Callable    # and how much it counts
-    clip: tuple         # low, high: of s for gspo and luspo, of log w for gmpo, of w for the others
-    scale: str | None   # of group_advantages; None for PPO, whose advantages come from a critic
-
-
-ALGORITHMS = {
-    "gspo": Algorithm(gspo, seq_mean_token_mean, (3e-4, 4e-4), "std"),              # 2507.18071
-    # For an advantage per token; with one per response it equals gspo in value and gradient.
-    "gspo_token": Algorithm(gspo_token, seq_mean_token_mean, (3e-4, 4e-4), "std"),  # 2507.18071
-    # The range is that of the GSPO paper's GRPO.
-    "grpo": Algorithm(grpo, seq_mean_token_mean, (0.2, 0.27), "std"),               # 2402.03300
-    "ppo": Algorithm(grpo, seq_mean_token_mean, (0.2, 0.2), None),                  # 1707.06347
-    # No std and no 1/|y|: both, it argues, are biases, to easy or hard questions and to length.
-    "dr_grpo": Algorithm(grpo, seq_mean_token_sum_norm, (0.2, 0.2), "none"),        # 2503.20783
-    # More room upwards, for rare tokens; long responses count more.
-    "dapo": Algorithm(grpo, token_mean, (0.2, 0.28), "std"),                        # 2503.14476
-    # Weights from 0 to 5: no lower bound, as in the paper; the upper one is what TRL recommends.
-    "cispo": Algorithm(cispo, token_mean, (1.0, 4.0), "std"),                       # 2506.13585
-    "gmpo": Algorithm(gmpo, seq_mean_token_mean, (0.4, 0.4), "std"),                # 2507.20673
-    "sapo": Algorithm(sapo, seq_mean_token_mean, (None, None), "std"),              # 2511.20347
-    # GSPO times |y|: its 1/|y|, it argues, makes responses shrink.
-    "luspo": Algorithm(gspo, seq_mean_token_sum, (2e-3, 2.5e-3), "std"),            # 2602.05261
-    "reinforce": Algorithm(reinforce, seq_mean_token_mean, (None, None), "none"),
-}
-
-
-PER_RESPONSE = gspo, gmpo       # terms with one advantage for all tokens of a response
-
-
-def policy_loss(algorithm, logp, logp_old, advantages, mask, clip_low, clip_high, weights=None):
-    """The loss to minimise, and the tokens that the clip holds. A pure function of tensors.
-
-    logp (B, T)        log-probs of the response tokens under the policy being trained
-    logp_old (B, T)    the same under the policy that sampled them
-    advantages (B,)    one per response; or (B, T), one per token, if not gspo, luspo or gmpo
-    mask (B, T)        True for response tokens, the end token included; what stands elsewhere,
-                       be it NaN, is ignored. A row without any token is worth 0 but counts in B.
-    clip_low, clip_high   see ALGORITHMS; sapo and reinforce have none and ignore them
-    weights (B,)       how much a token's term counts, if the rows are but a part of the mini-batch;
-                       else as in ALGORITHMS, with T as the longest length there can be
-    Returns the loss, a scalar, and `clipped` (B, T): True where the clip removes the gradient (for
-    cispo: where it limits the weight)."""
-    if algorithm not in ALGORITHMS:
-        raise ValueError(f"algorithm is {algorithm!r}; it can be one of {', '.join(ALGORITHMS)}")
-    term_of, weight_of, _, _ = ALGORITHMS[algorithm]
-    if term_of in PER_RESPONSE and advantages.dim() == 2:
-        raise ValueError(f"{algorithm} has one advantage per response, not per token: (B,)")
-    r = ratios(logp, logp_old, mask)                                       # (B, T) each
-    A = advantages.detach().to(r.logp.dtype)
-    A = torch.where(mask, A if A.dim() == 2 else A[:, None], 0)            # (B, T)
-    if weights is None:
-        weights = weight_of(mask.sum(dim=1).clamp(min=1).to(A.dtype), mask.shape[1])    # (B,)
-
-    # For GSPO all terms of a response are equal, so their mean is the one term that Eq. 5 has.
-    term, clipped = term_of(r, A, clip_low, clip_high)                     # (B, T) each
-    objective = (torch.where(mask, term, 0).sum(dim=1) * weights).sum()
-    return -objective, clipped & (A != 0)
-
-
-def kl_loss(logp, logp_ref, mask, weights):
-    """KL(policy || reference), a scalar: the sum of weights (B,) times k3 = x - 1 - log x of every
-    token, x = pi_ref / pi, which is never negative and, over tokens sampled from the policy,
-    unbiased. logp, logp_ref, mask (B, T)."""
+def kl_loss(logp: Tensor, logp_ref: Tensor, mask: Tensor, weights: Tensor) -> Tensor:
+    """KL(policy || reference), a scalar: the sum over all tokens of weights (B,) times
+    k3 = x - 1 - log x with x = pi_ref / pi, which is never negative and, over tokens sampled from
+    the policy, unbiased. logp, logp_ref and mask are (B, T)."""
     log_x = -ratios(logp, logp_ref, mask).log_w
     return ((log_x.expm1() - log_x).sum(dim=1) * weights).sum()
 
 
-# ---------------------------------------------------------------------------- PPO's critic
+# PPO has a critic in place of the group: a learned guess, at every token, of the reward to come.
+
+VALUE_CLIP = 0.2        # how far a value may move before its loss stops caring
+VALUE_COEF = 0.1        # weight of the critic's loss beside that of the policy
+
 
 class Critic(NamedTuple):
-    """What PPO has in place of a group: a learned guess, at every token, of the reward to come."""
-    head: torch.nn.Module       # the model's final hidden state (M, D) -> (M, 1)
-    values: torch.Tensor        # (B, T) its guesses before the update
-    returns: torch.Tensor       # (B, T) what it should have guessed
+    head: nn.Module     # the model's hidden state (B, T, D) -> the value of each token (B, T, 1)
+    values: Tensor      # (B, T) its guesses before the update
+    returns: Tensor     # (B, T) what it should have guessed
+
+    def select(self, rows: Tensor) -> "Critic":
+        return Critic(self.head, self.values[rows], self.returns[rows])
 
 
-def gae(rewards, values, gamma, lam):
+def gae(rewards: Tensor, values: Tensor, gamma: float, lam: float) -> Tensor:
     """Generalised advantage estimation (1506.02438, Eq. 16) of rewards and values (B, T), both 0
     after the end -> (B, T): the sum over l of (gamma lam)^l (r_t+l + gamma v_t+l+1 - v_t+l)."""
-    advantages, later, next_value = torch.zeros_like(values), 0.0, 0.0
+    advantages = torch.zeros_like(values)
+    advantage = 0.0
+    next_value = 0.0
     for t in reversed(range(values.shape[1])):
-        later = rewards[:, t] + gamma * next_value - values[:, t] + gamma * lam * later
-        advantages[:, t], next_value = later, values[:, t]
+        surprise = rewards[:, t] + gamma * next_value - values[:, t]
+        advantage = surprise + gamma * lam * advantage
+        advantages[:, t] = advantage
+        next_value = values[:, t]
     return advantages
 
 
-def ppo_advantages(rollout, head, values, rewards, gamma, lam):
+def ppo_advantages(rollout: Rollout, head: nn.Module, values: Tensor, rewards: Tensor,
+                   settings: Settings) -> tuple[Tensor, Critic]:
     """Rewards (B,), earned by the last tokens, and values (B, T) -> advantages (B, T), the Critic.
     The advantages are brought to mean 0 and deviation 1 over all tokens, as in verl."""
     at_end = torch.zeros_like(values)
     at_end[range(len(rewards)), rollout.lengths - 1] = rewards
-    advantages = gae(at_end, values, gamma, lam)                           # (B, T)
-    std, mean = torch.std_mean(advantages[rollout.mask])
+    advantages = gae(at_end, values, settings.gamma, settings.gae_lambda)  # (B, T)
+    std, mean = torch.std_mean(advantages[rollout.response_mask])
     return (advantages - mean) / (std + 1e-8), Critic(head, values, advantages + values)
 
 
-def value_loss(values, values_old, returns, mask, weights):
-    """Half the squared error, summed to a scalar; a move beyond VALUE_CLIP gains nothing."""
+def value_loss(values: Tensor, values_old: Tensor, returns: Tensor, mask: Tensor,
+               weights: Tensor) -> Tensor:
+    """Half the squared error of values (B, T), summed with weights (B,) to a scalar; a move beyond
+    VALUE_CLIP gains nothing."""
     near = values_old + (values - values_old).clamp(-VALUE_CLIP, VALUE_CLIP)
     error = torch.maximum((values - returns) ** 2, (near - returns) ** 2) / 2
     return (torch.where(mask, error, 0).sum(dim=1) * weights).sum()
@@ -253,130 +559,52 @@ def value_loss(values, values_old, returns, mask, weights):
 
 # ---------------------------------------------------------------------------- the metrics
 
-def ratio_stats(logp, logp_old, advantages, clipped, mask):
-    """What the ratios look like; arguments as for and from policy_loss, results floats. The README
-    explains each. `kl` is the mean of w - 1 - log w: KL(old || new) per token, never negative."""
+def ratio_metrics(logp: Tensor, logp_old: Tensor, advantages: Tensor, clipped: Tensor,
+                  mask: Tensor) -> dict[str, float]:
+    """What the ratios look like; arguments as for policy_loss, `clipped` from it. The list of
+    metrics in results/README.md explains each."""
     A = advantages if advantages.dim() == 2 else advantages[:, None]
-    low, high = clipped & (A < 0), clipped & (A > 0)                       # (B, T)
-    share = lambda x: response_mean(x.float(), mask)[:, 0].mean().item()
+    clipped_low = (clipped & (A < 0)).float()                              # (B, T)
+    clipped_high = (clipped & (A > 0)).float()
     r = ratios(logp, logp_old, mask)
-    w, s = r.log_w[mask], r.log_s[:, 0]                                    # (M,), (B,)
+    log_w = r.log_w[mask]                                                  # (N,)
+    log_s = r.log_s[:, 0]                                                  # (B,)
     return {
-        "clip_low": low[mask].float().mean().item(), "clip_low_seq": share(low),
-        "clip_high": high[mask].float().mean().item(), "clip_high_seq": share(high),
-        "log_s_mean": s.mean().item(), "log_s_std": s.std(correction=0).item(),
-        "log_w_mean": w.mean().item(), "log_w_std": w.std(correction=0).item(),
-        "outliers": ((w.exp() - 1).abs() > 0.2).float().mean().item(),
-        "kl": (w.expm1() - w).mean().item(),
+        "clip_low": clipped_low[mask].mean().item(),
+        "clip_high": clipped_high[mask].mean().item(),
+        "clip_low_seq": response_mean(clipped_low, mask)[:, 0].mean().item(),
+        "clip_high_seq": response_mean(clipped_high, mask)[:, 0].mean().item(),
+        "log_s_mean": log_s.mean().item(),
+        "log_s_std": log_s.std(correction=0).item(),
+        "log_w_mean": log_w.mean().item(),
+        "log_w_std": log_w.std(correction=0).item(),
+        "outliers": ((log_w.exp() - 1).abs() > 0.2).float().mean().item(),
+        # KL(old || new) per token, estimated by w - 1 - log w, which is never negative.
+        "kl": (log_w.expm1() - log_w).mean().item(),
     }
 
 
-def routing_stats(old, new, logits):
-    """What the router of each layer does: active experts at the rollout and now (M, L, K), compared
-    as sets, and the router's logits (M, L, E) -> a dict of lists of L floats."""
-    stayed = (old[..., :, None] == new[..., None, :]).any(dim=-1)          # (M, L, K)
-    counts = one_hot(new.long(), logits.shape[-1]).sum(dim=(0, 2)).float() # (L, E)
-    probs = logits.softmax(dim=-1)                                         # (M, L, E)
-    return {"expert_change": (1 - stayed.float().mean(dim=(0, 2))).tolist(),
-            "expert_load": (counts.amax(dim=1) / counts.mean(dim=1)).tolist(),
-            "router_entropy": torch.special.entr(probs).sum(dim=-1).mean(dim=0).tolist()}
+def routing_metrics(old: Tensor, new: Tensor, router_logits: Tensor) -> dict[str, list[float]]:
+    """What the router of each layer does: the active experts at sampling and now, (L, N, K) each,
+    compared as sets, and its logits now (L, N, E) -> a list of L floats for each metric."""
+    stayed = (old[..., :, None] == new[..., None, :]).any(dim=-1)          # (L, N, K)
+    tokens = one_hot(new.long(), router_logits.shape[-1]).sum(dim=(1, 2)).float()      # (L, E)
+    probs = router_logits.softmax(dim=-1)                                  # (L, N, E)
+    return {
+        "expert_change": (1 - stayed.float().mean(dim=(1, 2))).tolist(),
+        "expert_load": (tokens.amax(dim=1) / tokens.mean(dim=1)).tolist(),
+        "router_entropy": torch.special.entr(probs).sum(dim=-1).mean(dim=1).tolist(),
+    }
 
 
-# ---------------------------------------------------------------------------- the update
-
-def spread(x, mask):
-    """x (M,), one for every True in mask (b, T) -> (b, T), 0 elsewhere."""
-    return torch.zeros(mask.shape, device=x.device, dtype=x.dtype).masked_scatter(mask, x)
-
-
-def score(model, rollout, rows, temperature=1.0, replay=False):
-    """The chosen rows' responses under the model as it is now, on the distribution that they were
-    sampled from -> their log-probs (b, T); the model's Output, whose hidden states (M, D) are those
-    that predict a response token; there, the entropies (M,) and the tensors for routing_stats."""
-    tokens, keep, mask, routes, source = rollout.select(rows)
-    out = model(tokens, routes if replay else None, keep, source=source)
-    log_probs = (out.logits / temperature).log_softmax(dim=-1)             # (M, V)
-    target = rollout.tokens[rows][mask]                                    # (M,)
-    logp = spread(log_probs.gather(1, target[:, None])[:, 0], mask)        # (b, T)
-    with torch.no_grad():
-        entropy = -(log_probs.exp() * log_probs).sum(dim=-1)               # (M,)
-        routing = [x[:, keep].transpose(0, 1) for x in (routes, out.routes, out.router)]
-    return logp, out, entropy, routing
-
-
-def micro_batches(rollout, rows, max_tokens):
-    """Cut the rows (b,), in their order, into parts of about `max_tokens` each. Only a group that
-    is cut has its prompt computed twice."""
-    prompt_lengths = torch.tensor([len(prompt) for prompt in rollout.prompts], device=rows.device)
-    group_size = len(rollout.tokens) // len(rollout.prompts)
-    lengths = prompt_lengths[rows // group_size] + rollout.lengths[rows]   # (b,)
-    sizes = ((lengths.cumsum(dim=0) - 1) // max_tokens).bincount().tolist()
-    return [part for part in rows.split(sizes) if len(part)]
-
-
-@torch.no_grad()
-def rescore(model, rollout, temperature=1.0, replay=False, head=None, micro_tokens=4096):
-    """The rollout with the log-probs and routes that a pass of the trainer gives, in place of the
-    sampler's, and the values (B, T) of a critic's `head`, 0 without one."""
-    logp, routes = rollout.logp.clone(), rollout.routes.clone()
-    values = torch.zeros_like(logp)
-    for rows in micro_batches(rollout, torch.arange(len(logp), device=logp.device), micro_tokens):
-        logp[rows], out, _, _ = score(model, rollout, rows, temperature, replay)
-        routes[:, rows, :out.routes.shape[2]] = out.routes.to(routes.dtype)
-        if head:
-            values[rows] = spread(head(out.hidden)[:, 0], rollout.mask[rows])
-    return replace(rollout, logp=logp, routes=routes), values
-
-
-def update(model, optimizer, rollout, advantages, algorithm, clip_low, clip_high, mini_batches=4,
-           temperature=1.0, max_grad_norm=1.0, micro_tokens=4096, max_length=None, replay=False,
-           kl_coef=0.0, logp_ref=None, critic=None, steps=None):
-    """One optimiser step per mini-batch of whole groups; returns one dict of metrics per step.
-
-    advantages (B,) or (B, T)
-    max_length      the longest response there can be, by which dr_grpo divides; else the width T
-    replay          activate the rollout's experts, not those that the router would choose now
-    kl_coef         weight of the KL to a reference, whose log-probs are `logp_ref` (B, T)
-    critic          PPO's Critic; the parameters of its head must be in the optimizer
-    steps           only the first so many of the `mini_batches`
-    The rollout stays as it is: in the first mini-batch every ratio is 1, later ones have drifted.
-    One without any signal has no step; responses with A = 0 are not in the metrics. Raises
-    FloatingPointError, before the step, if the loss or the gradient is not finite."""
-    (B, T), device, metrics = rollout.logp.shape, rollout.logp.device, []
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    # A = 0 has no gradient: such rows are not computed, though the weights take them in.
-    computed = advantages.view(B, -1).any(dim=1) | bool(kl_coef or critic)         # (B,)
-    groups_rows = torch.arange(B, device=device).view(len(rollout.prompts), -1)     # (P, G)
-    for index, groups in enumerate(groups_rows.tensor_split(mini_batches)[:steps]):
-        rows, weights = groups.flatten(), torch.zeros(B, device=device)             # (b,), (B,)
-        weights[rows] = ALGORITHMS[algorithm].weight(rollout.lengths[rows].float(), max_length or T)
-        rows = rows[computed[rows]]
-        if len(rows) == 0:
-            continue
-        optimizer.zero_grad()
-        losses, parts = [], []
-        for part in micro_batches(rollout, rows, micro_tokens):
-            logp, out, entropy, routing = score(model, rollout, part, temperature, replay)
-            mask, mean_weight = rollout.mask[part], 1 / (groups.numel() * rollout.lengths[part])
-            loss, clipped = policy_loss(algorithm, logp, rollout.logp[part], advantages[part], mask,
-                                        clip_low, clip_high, weights[part])
-            losses.append(loss.detach())
-            if kl_coef:
-                loss = loss + kl_coef * kl_loss(logp, logp_ref[part], mask, mean_weight)
-            if critic:
-                values = spread(critic.head(out.hidden)[:, 0], mask)                # (b, T)
-                loss = loss + VALUE_COEF * value_loss(values, critic.values[part],
-                                                      critic.returns[part], mask, mean_weight)
-            loss.backward()
-            parts.append((part, logp.detach(), clipped, entropy, *routing))
-        grad_norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm).item()
-        loss = sum(losses).item()
-        if not (isfinite(loss) and isfinite(grad_norm)):
-            raise FloatingPointError(f"loss {loss}, gradient norm {grad_norm}")
-        optimizer.step()
-        part, logp, clipped, entropy, *routing = map(torch.cat, zip(*parts))
-        metrics.append(
-            ratio_stats(logp, rollout.logp[part], advantages[part], clipped, rollout.mask[part])
-            | routing_stats(*routing) | {"mini_batch": index, "loss": loss,
-                                         "grad_norm": grad_norm, "entropy": entropy.mean().item()})
-    return metrics
+def update_metrics(learned: Experience, scores: Scores, clipped: Tensor) -> dict:
+    """The metrics of an optimiser step: its responses, as they were sampled and as they scored."""
+    rollout = learned.rollout
+    mask = rollout.response_mask                                           # (B, T)
+    before = slice(-mask.shape[1] - 1, -1)      # the columns whose logits predict the response
+    old_routes = rollout.routes[:, :, before][:, mask]                     # (L, N, K)
+    new_routes = scores.routes[:, :, before][:, mask]                      # (L, N, K)
+    router_logits = scores.router_logits[:, :, before][:, mask]            # (L, N, E)
+    return (ratio_metrics(scores.logp, rollout.logp, learned.advantages, clipped, mask)
+            | routing_metrics(old_routes, new_routes, router_logits)
+            | {"entropy": scores.entropy[mask].mean().item()})

@@ -1,420 +1,464 @@
 """A Mixture-of-Experts transformer with the Qwen3-MoE architecture (arXiv 2505.09388), small.
 
-One layer:   x = x + attention(norm(x));   x = x + experts(norm(x))
+One layer:   x = x + attention(norm(x))
+             x = x + experts(norm(x))
 
     attention   grouped queries, RMSNorm on every query and key head, rotary positions, no biases
-    router      p = softmax(W x) over all E experts, in fp32; the K largest are active
-    gates       g_e = p_e / sum of the K active p          (so they sum to 1)
-    experts     y = sum over active e of g_e * down_e(silu(gate_e x) * up_e x)
+    router      p = softmax(W x) over all E experts, in fp32; the K most probable are active
+    gates       g_e = p_e / (sum of the K active p), so that they sum to 1
+    experts     y = sum over the active e of g_e * down_e(silu(gate_e x) * up_e x)
 
-What is left out, because it would make the log-prob of a response depend on its batch mates or on
-chance, and the ratio of GSPO is a ratio of log-probs: dropout, router noise, expert capacity (no
-token is ever dropped). Qwen3 has no shared expert, so neither has this.
+Dropout, router noise and expert capacity are left out. With them the log-prob of a response would
+depend on chance or on its batch mates, and the ratio of GSPO is a ratio of log-probs. Qwen3 has no
+shared expert, so this model has none either.
 
-Routing is data: the chosen experts come out of a forward pass as a tensor and can be given back to
-a later one (routing replay). Nothing is remembered in the modules between two calls.
+Routing is data: the active experts come out of a forward pass as a tensor (`routes`), and a later
+pass takes them in and activates them again (routing replay). No module remembers anything between
+two calls.
+
+The sampler and the trainer work on the same rectangle of tokens, see `Rollout`. Outside attention
+the model computes only its real tokens, as one flat list, see `unpad` and `pad`.
 
 The letters in shape comments:
-    P prompts   G responses per prompt   B = P*G rows   T tokens   S positions = cache slots
-    L layers    E experts                K active       D width    F expert width   V vocabulary
-    H query heads   J key/value heads    C head width   b rows alive
-    N tokens that are computed, in one list   M places whose logits are wanted
-    n = N*K pairs of a token and an expert that works on it
+    B rows (responses)    S columns    T the last of them: a response, or the newest tokens
+    N real tokens         L layers     E experts    K active experts
+    D width of the model  H query heads             C width of a head
 """
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import nn
-
-from data.rollout import Rollout
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 
 @dataclass(frozen=True)
 class MoEConfig:
-    """Raises ValueError for sizes that cannot be built."""
+    """The sizes of a model. ValueError for sizes that cannot be built."""
     vocab_size: int
     max_length: int = 64        # longest prompt + response, in tokens
     n_layer: int = 3
     d_model: int = 64
     n_head: int = 4
-    n_kv_head: int = 2          # query heads share key/value heads in groups of n_head / n_kv_head
+    n_kv_head: int = 2          # n_head / n_kv_head query heads share one key/value head
     n_expert: int = 8
     n_active: int = 2
-    d_expert: int = 64
+    d_expert: int = 64          # width inside an expert
     rope_theta: float = 10_000.0
     norm_eps: float = 1e-6
 
     def __post_init__(self):
-        def need(true, name, remedy):
-            if not true:
+        def require(condition, name, remedy):
+            if not condition:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be {remedy}")
         for name, kind in self.__annotations__.items():
-            need(kind is float or getattr(self, name) >= 1, name, "at least 1")
-        need(self.d_model % (2 * self.n_head) == 0, "d_model", "a multiple of 2 * n_head")
-        need(self.n_head % self.n_kv_head == 0, "n_kv_head", f"a divisor of n_head, {self.n_head}")
-        need(self.n_active <= self.n_expert, "n_active", f"at most n_expert, {self.n_expert}")
-        need(self.n_expert <= 255, "n_expert", "at most 255: rollouts keep routes in one byte")
+            require(kind is float or getattr(self, name) >= 1, name, "at least 1")
+        require(self.d_model % (2 * self.n_head) == 0, "d_model", "a multiple of 2 * n_head")
+        require(self.n_head % self.n_kv_head == 0, "n_kv_head", "a divisor of n_head")
+        require(self.n_active <= self.n_expert, "n_active", f"at most n_expert, {self.n_expert}")
+        require(self.n_expert <= 256, "n_expert", "at most 256: rollouts keep routes in one byte")
 
 
-class Output(NamedTuple):
-    logits: torch.Tensor    # (B, T, V), or (M, V) if `keep` chose M positions
-    hidden: torch.Tensor    # (B, T, D) or (M, D): what the logits are made of
-    routes: torch.Tensor    # (L, B, T, K) active experts, most probable first
-    router: torch.Tensor    # (L, B, T, E) the router's logits, fp32; 0 after the last `keep`
+# ---------------------------------------------------------------------------- the model
+
+def unpad(x: Tensor, places: Tensor) -> Tensor:
+    """The rectangle x (B, T, ...) -> the flat list of its real tokens (N, ...), row after row.
+
+    `places` (N,) are the positions of the real tokens if you number the rectangle's cells row after
+    row, from 0. The "." is padding:
+
+        x    .  3 10  7       cells   0  1  2  3      places   1 2 3 4 5 6
+             4  5 10  .               4  5  6  7      result   3 10 7 4 5 10
+    """
+    return x.flatten(0, 1).index_select(0, places)
+
+
+def pad(x: Tensor, places: Tensor, shape: tuple[int, int]) -> Tensor:
+    """The inverse of unpad: the flat list x (N, ...) -> the rectangle (B, T, ...), for a `shape` of
+    (B, T), with 0 in padding."""
+    B, T = shape
+    cells = x.new_zeros(B * T, *x.shape[1:])
+    return cells.index_copy(0, places, x).unflatten(0, (B, T))
+
+
+def at_least_fp32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def rotate(x: Tensor, freqs_cis: Tensor) -> Tensor:
+    """Rotary positions (2104.09864): read each pair of neighbours in x (N, heads, C) as a complex
+    number and turn it by the angle that freqs_cis (N, 1, C/2) has for its position."""
+    pairs = torch.view_as_complex(at_least_fp32(x).unflatten(-1, (-1, 2)))      # (N, heads, C/2)
+    return torch.view_as_real(pairs * freqs_cis).flatten(-2).to(x.dtype)
+
+
+class LayerCache:
+    """The keys and values of one layer for all columns so far, (B, n_kv_head, S, C) each."""
+    def __init__(self):
+        self.keys = None
+        self.values = None
+
+    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Add the newest T columns -> the keys and values of all S columns."""
+        if self.keys is not None:
+            keys = torch.cat((self.keys, keys), dim=2)
+            values = torch.cat((self.values, values), dim=2)
+        self.keys = keys
+        self.values = values
+        return keys, values
 
 
 class KVCache:
-    """Keys and values of B rows. Prompts are padded on the left, so that all rows stand at the same
-    slot: slot s of row b holds its position s - start[b]."""
-    def __init__(self, config, start, n_slots, dtype):
-        C = config.d_model // config.n_head
-        self.start, self.used = start, 0                                # (B,), slots
-        self.kv = torch.zeros(config.n_layer, 2, len(start), config.n_kv_head, n_slots, C,
-                              device=start.device, dtype=dtype)         # (L, 2, B, J, S, C)
+    """What the sampler keeps of the columns so far, so that each pass computes only new ones."""
+    def __init__(self, n_layer: int):
+        self.mask = None                    # (B, S), True for real tokens
+        self.layers = [LayerCache() for _ in range(n_layer)]
 
-    def advance(self, T):
-        """Make room for T tokens -> their positions (B, T), and True where they must not look, at
-        padding and at what comes later: (B, T, S)."""
-        self.used += T
-        slots = torch.arange(self.used, device=self.start.device)       # (S,)
-        start, now = self.start[:, None], slots[-T:, None]              # (B, 1), (T, 1)
-        unseen = (slots < start[:, None]) | (slots > now)               # (B, T, S)
-        return (now.mT - start).clamp(min=0), unseen
-
-    def write(self, layer, k, v):
-        """Put k, v (B, J, T, C) into the newest slots -> all used slots (B, J, S, C), twice."""
-        keys, values = self.kv[layer, :, :, :, :self.used]
-        keys[:, :, -k.shape[2]:], values[:, :, -k.shape[2]:] = k, v
-        return keys, values
-
-    def select(self, rows):
-        self.start, self.kv = self.start[rows], self.kv.index_select(2, rows)
-
-
-class Lines:
-    """Where the N tokens that are computed stand in B lines of T places. All but attention computes
-    these alone: no padding, and once only what several lines begin with.
-
-    needed (B, T)   True at the places that matter; without it all do, and N = B*T
-    source (B, T)   number b*T + t of the place whose token is computed for this one; see
-                    MoETransformer
-
-        needed  1 1 1 0         source  0 1 2 3         tokens of the list, padded  0 1 2 .
-                1 1 1 1                 0 1 6 7                                     0 1 3 4
-    computed at the places 0 1 2 6 7 (at); "." is not needed: some other token of the list"""
-    def __init__(self, B, T, needed=None, source=None):
-        self.B, self.T, self.needed, self.at = B, T, needed, None
-        if needed is not None:
-            if source is None:
-                source = torch.arange(B * T, device=needed.device).view(B, T)
-            here = torch.zeros(B * T, dtype=torch.bool, device=needed.device)
-            here = here.index_fill(0, source[needed], True)             # (B*T,) computed here?
-            self.at = here.nonzero()[:, 0]                              # (N,) place of a token
-            # (B*T,) which token of the list a place takes
-            self.token = (here.cumsum(0) - 1).clamp(min=0).index_select(0, source.flatten())
-
-    def pad(self, x, dim=0):
-        """N tokens along `dim` -> (B, T)."""
-        if self.at is not None:
-            x = x.index_select(dim, self.token)
-        return x.unflatten(dim, (self.B, self.T))
-
-    def unpad(self, x):
-        """x (B, T, ...) -> (N, ...)."""
-        x = x.flatten(0, 1)
-        return x if self.at is None else x.index_select(0, self.at)
-
-    def take(self, x, keep):
-        """x (N, ...) -> (M, ...), a row for every True in keep (B, T)."""
-        places = keep.flatten().nonzero()[:, 0]                         # (M,)
-        return x.index_select(0, places if self.at is None else self.token[places])
-
-
-class RMSNorm(torch.autograd.Function):
-    """y = w x r, with r = 1 / sqrt(mean(x^2) + eps) over the last dimension (1910.07467, Eq. 4).
-
-    On a CPU, PyTorch derives the gradient of F.rms_norm from its single products and sums, and each
-    of them goes through memory. By hand, with u = x r and g the gradient of y, it is half the work:
-    dw = sum over tokens of g u,   dx = r (g w - u mean(g w u))."""
-    @staticmethod
-    def forward(ctx, x, weight, eps):
-        r = (x.square().mean(-1, keepdim=True) + eps).rsqrt()           # (N, ..., 1)
-        u = x * r
-        ctx.save_for_backward(u, r, weight)
-        return u * weight
-
-    @staticmethod
-    def backward(ctx, g):
-        u, r, weight = ctx.saved_tensors
-        gu = g * u
-        grad_weight = gu.sum(0)             # autograd adds up T too, if x is (B, T, D)
-        mean = gu.mul_(weight).mean(-1, keepdim=True)                   # (N, ..., 1)
-        grad_x = torch.mul(g, weight, out=gu).addcmul_(u, mean, value=-1).mul_(r)
-        return grad_x, grad_weight, None
-
-
-def rms_norm(x, weight, eps):
-    """x (N, ...) or, with a weight of (D,), (B, T, D) -> the same."""
-    if torch.is_grad_enabled() and x.device.type == "cpu":
-        return RMSNorm.apply(x, weight, eps)
-    return F.rms_norm(x, x.shape[-1:], None, eps) * weight
-
-
-def rotate(x, turn):
-    """Rotary positions (2104.09864): take each pair of neighbours in x (N, *, C) for a complex
-    number and turn it by its angle; turn (N, 1, C/2)."""
-    pairs = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(-1, (-1, 2))
-    return torch.view_as_real(torch.view_as_complex(pairs) * turn).flatten(-2).to(x.dtype)
+    def select(self, rows: Tensor):
+        """Keep only the chosen rows; a row can be chosen several times."""
+        self.mask = self.mask.index_select(0, rows)
+        for layer in self.layers:
+            layer.keys = layer.keys.index_select(0, rows)
+            layer.values = layer.values.index_select(0, rows)
 
 
 class Attention(nn.Module):
-    """Causal attention; H/J query heads share one key/value head (GQA, 2305.13245)."""
-    def __init__(self, config, layer):
+    """Causal attention in which several query heads share a key/value head (GQA, 2305.13245)."""
+    def __init__(self, config: MoEConfig):
         super().__init__()
-        D, H, J = config.d_model, config.n_head, config.n_kv_head
-        self.layer, self.H, self.J, self.C, self.eps = layer, H, J, D // H, config.norm_eps
-        self.qkv = nn.Linear(D, D + 2 * J * self.C, bias=False)         # D = H * C
-        self.o = nn.Linear(D, D, bias=False)
-        self.q_norm, self.k_norm = (nn.Parameter(torch.ones(self.C)) for _ in "qk")
+        D = config.d_model
+        self.C = D // config.n_head
+        self.q = nn.Linear(D, config.n_head * self.C, bias=False)
+        self.k = nn.Linear(D, config.n_kv_head * self.C, bias=False)
+        self.v = nn.Linear(D, config.n_kv_head * self.C, bias=False)
+        self.o = nn.Linear(config.n_head * self.C, D, bias=False)
+        self.q_norm = nn.RMSNorm(self.C, config.norm_eps)
+        self.k_norm = nn.RMSNorm(self.C, config.norm_eps)
 
-    def forward(self, x, turn, mask, cache, lines):
-        """x (N, D), turn (N, 1, C/2), mask (1 or B*J, H/J*T, S) of 0 and, where a token must not
-        look, -1e9 -> (N, D). `lines` knows where the N tokens stand."""
-        H, J, C = self.H, self.J, self.C
-        qk, v = self.qkv(x).unflatten(1, (-1, C)).split((H + J, J), dim=1)
-        weight = torch.cat((self.q_norm.expand(H, C), self.k_norm.expand(J, C)))
-        qk = rotate(rms_norm(qk, weight, self.eps), turn)               # (N, H + J, C)
-        qk, v = lines.pad(qk).transpose(1, 2), lines.pad(v).transpose(1, 2)
-        q, k = qk.split((H, J), dim=1)                                  # (B, H, T, C), (B, J, T, C)
+    def forward(self, x, freqs_cis, visible, places, cache=None):
+        """x (N, D), freqs_cis (N, 1, C/2), visible (B, 1, T, S), places (N,) -> (N, D)."""
+        B, _, T, _ = visible.shape
+        q = self.q(x).unflatten(1, (-1, self.C))                        # (N, H, C)
+        k = self.k(x).unflatten(1, (-1, self.C))                        # (N, n_kv_head, C)
+        v = self.v(x).unflatten(1, (-1, self.C))
+        q = rotate(self.q_norm(q), freqs_cis)
+        k = rotate(self.k_norm(k), freqs_cis)
+        q = pad(q, places, (B, T)).transpose(1, 2)                      # (B, H, T, C)
+        k = pad(k, places, (B, T)).transpose(1, 2)                      # (B, n_kv_head, T, C)
+        v = pad(v, places, (B, T)).transpose(1, 2)
         if cache is not None:
-            k, v = cache.write(self.layer, k, v)                        # (B, J, S, C)
-        # By hand: for rows this short faster on a CPU than scaled_dot_product_attention.
-        q = q.reshape(len(q) * J, -1, C)                                # (B*J, H/J*T, C)
-        k, v = k.flatten(0, 1), v.flatten(0, 1)                         # (B*J, S, C)
-        weights = torch.baddbmm(mask, q, k.mT, alpha=C ** -0.5).softmax(-1)     # (B*J, H/J*T, S)
-        y = (weights @ v).view(lines.B, H, lines.T, C).transpose(1, 2)  # (B, T, H, C)
-        return self.o(lines.unpad(y).flatten(1))
-
-
-def blockwise(x, end, weights):
-    """Block e of the rows of x (n, in), the one that ends before end[e], times weights[e], which is
-    (out, in), for all e -> (n, out)."""
-    aligned = all(size * x.element_size() % 16 == 0 for size in weights.shape[1:])
-    # What F.grouped_mm may not know.
-    if x.dtype == torch.float64 or x.device.type == "mps" or not aligned:
-        blocks = x.tensor_split(end[:-1].tolist())
-        return torch.cat([block @ weight.T for block, weight in zip(blocks, weights)])
-    return F.grouped_mm(x, weights.mT, offs=end)
+            k, v = cache.append(k, v)                                   # (B, n_kv_head, S, C)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, enable_gqa=True)
+        y = y.transpose(1, 2).flatten(2)                                # (B, T, D)
+        return self.o(unpad(y, places))
 
 
 class Experts(nn.Module):
-    """Router and experts: each token is worked on by K of the E feed-forward networks."""
-    def __init__(self, config):
+    """A router and E feed-forward networks, K of which work on each token."""
+    def __init__(self, config: MoEConfig):
         super().__init__()
-        E, D, width = config.n_expert, config.d_model, config.d_expert
-        self.K = config.n_active
+        E = config.n_expert
+        D = config.d_model
+        self.n_active = config.n_active
         self.router = nn.Linear(D, E, bias=False)
-        self.gate = nn.Parameter(torch.empty(E, width, D))
-        self.up = nn.Parameter(torch.empty(E, width, D))
-        self.down = nn.Parameter(torch.empty(E, D, width))
+        self.gate = nn.Parameter(torch.empty(E, config.d_expert, D))
+        self.up = nn.Parameter(torch.empty(E, config.d_expert, D))
+        self.down = nn.Parameter(torch.empty(E, D, config.d_expert))
 
-    def forward(self, x, routes):
-        """x (N, D) -> token (n,) and y (n, D): y[i] is to be added to token[i]; routes (N, K), the
-        router's logits (N, E). Given `routes` are replayed."""
-        logits = self.router(x).to(torch.promote_types(x.dtype, torch.float32))
+    def forward(self, x: Tensor, routes: Tensor | None = None):
+        """x (N, D) -> y (N, D), routes (N, K), router_logits (N, E).
+
+        `routes` that you pass in are activated in place of the router's own choice (replay)."""
+        router_logits = at_least_fp32(self.router(x))                   # (N, E)
         if routes is None:
-            routes = logits.topk(self.K).indices                        # (N, K)
-        # Softmax over all, then the active ones divided by their sum, is softmax over the active
-        # ones. It is live even if the routes are replayed: the router keeps learning.
-        gates = logits.gather(1, routes).softmax(-1).to(x.dtype)        # (N, K)
+            routes = router_logits.topk(self.n_active).indices          # (N, K)
+        # Softmax over all experts, divided by the sum of the active ones, is softmax over the
+        # active ones. Under replay too it comes from today's logits: the router keeps learning.
+        gates = router_logits.gather(1, routes).softmax(dim=-1).to(x.dtype)     # (N, K)
 
-        # Bring the pairs into the order of their experts: each works on one contiguous block.
-        expert_of, order = routes.flatten().sort(stable=True)           # (N*K,) each
-        each = torch.arange(len(self.down), device=x.device)            # (E,)
-        end = torch.searchsorted(expert_of, each, right=True, out_int32=True)   # (E,)
-        token = order // routes.shape[1]                                # (N*K,)
-        y = self.feed_forward(x.index_select(0, token), expert_of, end)
-        return token, y * gates.flatten().index_select(0, order)[:, None], routes, logits
-
-    def feed_forward(self, x, expert_of, end):
-        """What the experts make of their blocks of the rows of x (n, D) -> (n, D)."""
-        n, E = len(x), len(self.down)
-        if x.device.type == "cpu" and n <= 128 * E:
-            # Up to 128 rows an expert, a CPU uses one thread for a product. In a batch, padded to
-            # the longest block, both share the work: worth it up to about twice as many rows.
-            start = F.pad(end[:-1], (1, 0))                             # (E,)
-            longest = int((end - start).max())
-            if E * longest <= 2 * n + 16 * E:
-                place = torch.arange(n) + (torch.arange(E) * longest - start)[expert_of]    # (n,)
-                x = x.new_zeros(E * longest, x.shape[1]).index_copy_(0, place, x)
-                x = x.view(E, longest, -1)                              # (E, longest, D)
-                h = F.silu(x @ self.gate.mT) * (x @ self.up.mT)         # (E, longest, F)
-                return (h @ self.down.mT).flatten(0, 1).index_select(0, place)
-        h = F.silu(blockwise(x, end, self.gate)) * blockwise(x, end, self.up)   # (n, F)
-        return blockwise(h, end, self.down)
-
-
-def balance_loss(out):
-    """How unevenly the experts of an Output are used: 1 if all are used alike, E/K if only K are.
-
-    E * sum over e of (share of the active pairs) * (mean probability), mean over the layers: Switch
-    Transformer (2101.03961) Eq. 4-6, over the tokens that were computed."""
-    computed = out.router[0].any(-1)                                    # (B, T)
-    routes, probs = out.routes[:, computed], out.router[:, computed].softmax(-1)
-    E = probs.shape[-1]                                                 # (L, N, K), (L, N, E)
-    counts = torch.stack([layer.flatten().bincount(minlength=E) for layer in routes])   # (L, E)
-    return (E * (counts / routes[0].numel() * probs.mean(1)).sum(-1)).mean()
+        # Sort the N*K pairs (token, expert) by expert: each expert gets one block of rows.
+        expert_of_pair, order = routes.flatten().sort(stable=True)      # (N*K,) each
+        token_of_pair = order // self.n_active                          # (N*K,)
+        rows_per_expert = expert_of_pair.bincount(minlength=len(self.gate)).tolist()
+        blocks = x.index_select(0, token_of_pair).split(rows_per_expert)
+        expert_outputs = []
+        for block, gate, up, down in zip(blocks, self.gate, self.up, self.down):
+            hidden = F.silu(block @ gate.T) * (block @ up.T)            # (rows, d_expert)
+            expert_outputs.append(hidden @ down.T)                      # (rows, D)
+        gate_of_pair = gates.flatten().index_select(0, order)           # (N*K,)
+        weighted = torch.cat(expert_outputs) * gate_of_pair[:, None]    # (N*K, D)
+        y = torch.zeros_like(x).index_add(0, token_of_pair, weighted)   # (N, D)
+        return y, routes, router_logits
 
 
 class Layer(nn.Module):
-    def __init__(self, config, layer):
+    def __init__(self, config: MoEConfig):
         super().__init__()
-        self.attention_norm, self.experts_norm = (
-            nn.Parameter(torch.ones(config.d_model)) for _ in range(2))
-        self.attention = Attention(config, layer)
+        self.attention_norm = nn.RMSNorm(config.d_model, config.norm_eps)
+        self.attention = Attention(config)
+        self.experts_norm = nn.RMSNorm(config.d_model, config.norm_eps)
         self.experts = Experts(config)
-        self.eps = config.norm_eps
 
-    def forward(self, x, turn, mask, cache, lines, routes):
-        normed = rms_norm(x, self.attention_norm, self.eps)
-        x = x + self.attention(normed, turn, mask, cache, lines)
-        token, y, routes, logits = self.experts(rms_norm(x, self.experts_norm, self.eps), routes)
-        # x + y, summed over the K experts of each token.
-        return x.index_add_(0, token, y), routes, logits
+    def forward(self, x, freqs_cis, visible, places, cache, routes):
+        x = x + self.attention(self.attention_norm(x), freqs_cis, visible, places, cache)
+        y, routes, router_logits = self.experts(self.experts_norm(x), routes)
+        return x + y, routes, router_logits
+
+
+class Output(NamedTuple):
+    """What a forward pass returns. In padding, logits and router_logits are 0, and routes are valid
+    and distinct, but nothing uses them."""
+    logits: Tensor          # (B, logits_to_keep, vocab_size)
+    hidden: Tensor          # (B, logits_to_keep, D): the logits are made of these
+    routes: Tensor          # (L, B, T, K) the active experts, most probable first
+    router_logits: Tensor   # (L, B, T, E) in fp32
 
 
 class MoETransformer(nn.Module):
-    """tokens (B, T) -> Output. Padding, on the right, changes nothing elsewhere.
-    routes (L, B, T, K)   experts to activate instead of the router's own choice (replay)
-    keep (B, T)           True at the M positions whose logits are wanted, at least one; without a
-                          cache, routes and router after the last of them in a row are 0
-    source (B, T)         if rows begin alike, the number b*T + t of the place whose token is
-                          computed for this one, for instance that of the first row that does; it
-                          must stand in the same column, after the same tokens (and routes).
-                          Needs `keep`.
-    cache                 a KVCache of what came before; tokens are then padded on the left
-    Raises ValueError for more than config.max_length tokens."""
-    def __init__(self, config):
+    """The model: embedding, layers, norm and a projection to the vocabulary."""
+    def __init__(self, config: MoEConfig):
         super().__init__()
         self.config = config
         self.embed = nn.Embedding(config.vocab_size, config.d_model)
-        self.layers = nn.ModuleList(Layer(config, i) for i in range(config.n_layer))
-        self.norm = nn.Parameter(torch.ones(config.d_model))
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.n_layer))
+        self.norm = nn.RMSNorm(config.d_model, config.norm_eps)
         self.unembed = nn.Linear(config.d_model, config.vocab_size, bias=False)
         C = config.d_model // config.n_head
         frequency = config.rope_theta ** (-torch.arange(0, C, 2) / C)   # (C/2,)
         angle = torch.arange(config.max_length)[:, None] * frequency    # (max_length, C/2)
-        # Complex, so that model.bfloat16() leaves it alone; model.to(torch.bfloat16) would not.
-        self.register_buffer("turn", torch.polar(torch.ones_like(angle), angle), persistent=False)
+        freqs_cis = torch.polar(torch.ones_like(angle), angle)
+        self.register_buffer("freqs_cis", freqs_cis, persistent=False)
         for parameter in self.parameters():
-            if parameter.dim() > 1:             # 1/sqrt(inputs): a product keeps the size of x
+            if parameter.dim() > 1:         # 1/sqrt(inputs): a product keeps the size of x
                 nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
         nn.init.normal_(self.embed.weight, std=1.0)
 
-    def forward(self, tokens, routes=None, keep=None, cache=None, source=None):
+    def forward(self, tokens: Tensor, mask: Tensor, routes: Tensor | None = None,
+                cache: KVCache | None = None, logits_to_keep: int | None = None) -> Output:
+        """Tokens (B, T) -> Output. What stands in padding, on either side, changes nothing.
+
+        mask (B, T)           True for real tokens
+        routes (L, B, T, K)   experts to activate instead of the router's choice (replay)
+        cache                 what came before; the T columns are added to it
+        logits_to_keep        the last columns, whose logits you want; None for all
+        ValueError for more columns than config.max_length."""
         B, T = tokens.shape
-        if cache is None and T > self.config.max_length:
-            raise ValueError(f"{T} tokens are more than max_length = {self.config.max_length}")
-        lines, J = Lines(B, T), self.config.n_kv_head
-        if cache is None:       # padding stands on the right: causality alone hides it
-            positions = torch.arange(T, device=tokens.device).expand(B, T)
-            unseen = (positions[:1] > positions[:1].mT)[None]           # (1, T, S = T)
-            if keep is not None:        # what comes later than all that is wanted is not computed
-                lines = Lines(B, T, keep.flip(1).cumsum(1).flip(1) > 0, source)
-        else:
-            positions, unseen = cache.advance(T)
-            unseen = unseen.repeat_interleave(J, dim=0)                 # (B*J, T, S)
-        x = self.embed(lines.unpad(tokens))                             # (N, D)
-        turn = self.turn.index_select(0, lines.unpad(positions))[:, None]       # (N, 1, C/2)
-        mask = (-1e9 * unseen).to(x.dtype).repeat(1, self.config.n_head // J, 1)  # (1 or B*J, .)
-        all_routes, all_logits = [], []
+        seen = mask                                                     # (B, S)
+        if cache is not None:
+            seen = mask if cache.mask is None else torch.cat((cache.mask, mask), dim=1)
+            cache.mask = seen
+        S = seen.shape[1]
+        if S > self.config.max_length:
+            raise ValueError(f"{S} columns are more than max_length = {self.config.max_length}")
+
+        places = mask.flatten().nonzero()[:, 0]                         # (N,)
+        x = self.embed(unpad(tokens, places))                           # (N, D)
+        # The first real token of a row has position 0, however much padding stands before it.
+        positions = (seen.cumsum(dim=1) - 1)[:, -T:]                    # (B, T)
+        freqs_cis = self.freqs_cis[unpad(positions, places)][:, None]   # (N, 1, C/2)
+        key = torch.arange(S, device=tokens.device)                     # (S,)
+        query = key[-T:, None]                                          # (T, 1)
+        # Padding sees itself, so that no softmax is empty.
+        visible = (seen[:, None] & (key <= query)) | (key == query)     # (B, T, S)
+
+        all_routes = []
+        all_router_logits = []
         for i, layer in enumerate(self.layers):
-            replayed = None if routes is None else lines.unpad(routes[i]).long()    # (N, K)
-            x, chosen, logits = layer(x, turn, mask, cache, lines, replayed)
-            all_routes.append(chosen), all_logits.append(logits)
-        x = lines.pad(x) if keep is None else lines.take(x, keep)       # (B, T, D) or (M, D)
-        x = rms_norm(x, self.norm, self.config.norm_eps)
-        chosen, logits = (lines.pad(torch.stack(y), dim=1) for y in (all_routes, all_logits))
-        if lines.needed is not None:
-            chosen, logits = chosen * lines.needed[..., None], logits * lines.needed[..., None]
-        return Output(self.unembed(x), x, chosen, logits)               # (L, B, T, K), (L, B, T, E)
+            layer_cache = None if cache is None else cache.layers[i]
+            replayed = None if routes is None else unpad(routes[i], places).long()      # (N, K)
+            x, chosen, router_logits = layer(
+                x, freqs_cis, visible[:, None], places, layer_cache, replayed)
+            all_routes.append(pad(chosen, places, (B, T)))
+            all_router_logits.append(pad(router_logits, places, (B, T)))
+
+        x = pad(x, places, (B, T))                                      # (B, T, D)
+        if logits_to_keep is not None:
+            x = x[:, -logits_to_keep:]
+        hidden = self.norm(x)
+        distinct = torch.arange(self.config.n_active, device=tokens.device)     # (K,)
+        all_routes = torch.stack(all_routes).where(mask[..., None], distinct)   # (L, B, T, K)
+        return Output(self.unembed(hidden), hidden, all_routes, torch.stack(all_router_logits))
+
+
+def balance_loss(out: Output, mask: Tensor) -> Tensor:
+    """How unevenly the experts are used: 1 if all are used alike, E/K if only K of them are.
+
+    E * sum over e of (share of the active pairs) * (mean probability), over the real tokens of
+    mask (B, T), averaged over the layers: Switch Transformer (2101.03961), Eq. 4-6."""
+    routes = out.routes[:, mask]                                        # (L, N, K)
+    probs = out.router_logits[:, mask].softmax(dim=-1)                  # (L, N, E)
+    E = probs.shape[-1]
+    pairs = F.one_hot(routes, E).sum(dim=(1, 2))                        # (L, E)
+    share = pairs / pairs.sum(dim=1, keepdim=True)
+    return (E * (share * probs.mean(dim=1)).sum(dim=1)).mean()
+
+
+# ---------------------------------------------------------------------------- the sampler
+
+@dataclass
+class Rollout:
+    """What flows from the sampler to the trainer: one rectangle, a row for every response.
+
+    Prompts are padded on the left to a common width, responses follow, padded on the right; the
+    group_size rows of one prompt stand side by side. Prompts 3 10 and 4 5 10, two responses to
+    each, end token 9 and padding "." may give
+
+        tokens   .  3 10 |  7  9  .        mask   . x x | x x .
+                 .  3 10 |  7  7  9               . x x | x x x
+                 4  5 10 |  5  9  .               x x x | x x .
+                 4  5 10 |  6  6  6               x x x | x x x
+
+    The last row was cut: it has no end token. S = 6 columns, of which the last T = 3 are those of
+    the responses, whose lengths are 2 3 2 3: the end token counts, padding does not."""
+    tokens: Tensor      # (B, S)
+    mask: Tensor        # (B, S) True for real tokens
+    logp: Tensor        # (B, T) log-prob of each response token when it was sampled; 0 in padding
+    routes: Tensor      # (L, B, S, K) active experts, uint8; any distinct ones where unknown
+    group_size: int
+
+    @property
+    def response(self) -> Tensor:
+        """The tokens of the responses (B, T)."""
+        return self.tokens[:, -self.logp.shape[1]:]
+
+    @property
+    def response_mask(self) -> Tensor:
+        """True for tokens of a response, its end token included (B, T)."""
+        return self.mask[:, -self.logp.shape[1]:]
+
+    @property
+    def lengths(self) -> Tensor:
+        """Tokens of each response (B,)."""
+        return self.response_mask.sum(dim=1)
+
+    def select(self, rows: Tensor) -> "Rollout":
+        """The chosen rows."""
+        return Rollout(self.tokens[rows], self.mask[rows], self.logp[rows], self.routes[:, rows],
+                       self.group_size)
+
+    def cut(self, T: int) -> "Rollout":
+        """A copy with only the first T columns of the responses."""
+        S = self.tokens.shape[1] - self.logp.shape[1] + T
+        return Rollout(self.tokens[:, :S].clone(), self.mask[:, :S].clone(),
+                       self.logp[:, :T].clone(), self.routes[:, :, :S].clone(), self.group_size)
+
+    @staticmethod
+    def join(rollouts: list["Rollout"]) -> "Rollout":
+        """One rollout of several: pad them to common widths and concatenate."""
+        T = max(r.logp.shape[1] for r in rollouts)
+        W = max(r.tokens.shape[1] - r.logp.shape[1] for r in rollouts)      # of the prompts
+        tokens = []
+        masks = []
+        logps = []
+        routes = []
+        for r in rollouts:
+            right = T - r.logp.shape[1]
+            left = W + T - r.tokens.shape[1] - right
+            tokens.append(F.pad(r.tokens, (left, right)))
+            masks.append(F.pad(r.mask, (left, right)))
+            logps.append(F.pad(r.logp, (0, right)))
+            # Padding repeats the nearest column, whose routes are distinct experts.
+            columns = torch.arange(W + T, device=r.routes.device) - left
+            routes.append(r.routes[:, :, columns.clamp(0, r.tokens.shape[1] - 1)])
+        return Rollout(torch.cat(tokens), torch.cat(masks), torch.cat(logps),
+                       torch.cat(routes, dim=1), rollouts[0].group_size)
 
 
 def check_request(config, prompts, group_size, max_new_tokens, temperature):
-    if not prompts or not all(p and min(p) >= 0 and max(p) < config.vocab_size for p in prompts):
-        raise ValueError(f"prompts must be non-empty lists of ids in 0 .. {config.vocab_size - 1}")
-    if group_size < 1 or max_new_tokens < 1 or not temperature > 0:
-        raise ValueError(f"{group_size=}, {max_new_tokens=}, {temperature=}: all must be above 0")
-    if (S := max(map(len, prompts)) + max_new_tokens) > config.max_length:
-        raise ValueError(f"prompt + max_new_tokens = {S} > max_length = {config.max_length}")
+    """ValueError, naming what is wrong, for a request that `generate` cannot serve."""
+    if not prompts or not all(prompts):
+        raise ValueError("prompts must be lists of at least one token id")
+    for prompt in prompts:
+        if min(prompt) < 0 or max(prompt) >= config.vocab_size:
+            raise ValueError(f"prompt {prompt} has ids outside 0 .. {config.vocab_size - 1}")
+    if group_size < 1 or max_new_tokens < 1 or not temperature >= 0:
+        raise ValueError(f"{group_size=} and {max_new_tokens=} must be at least 1, {temperature=} "
+                         "at least 0")
+    longest = max(map(len, prompts)) + max_new_tokens
+    if longest > config.max_length:
+        raise ValueError(f"prompt + max_new_tokens = {longest} > max_length = {config.max_length}")
 
 
-def choose(probs, luck):
-    """The first token at which the cumulative probability (b, V) exceeds the row's number from 0 to
-    1, luck (b,) -> (b,)."""
-    cumulative = probs.cumsum(-1)
-    # Rounding must not push the number up to the whole sum, beyond all tokens.
-    number = torch.minimum(luck[:, None] * cumulative[:, -1:], cumulative[:, -1:].nextafter(
-        torch.zeros((), device=probs.device)))                          # (b, 1)
+def choose(probs: Tensor, uniform: Tensor) -> Tensor:
+    """Draw a token for each row of probs (B, vocab_size): the first at which the cumulative
+    probability exceeds the row's number from 0 to 1, uniform (B,) -> (B,)."""
+    cumulative = probs.cumsum(dim=-1)                                   # (B, vocab_size)
+    total = cumulative[:, -1:]
+    # Rounding must not lift the number to the total, which no token exceeds.
+    just_below = total.nextafter(torch.zeros_like(total))
+    number = torch.minimum(uniform[:, None] * total, just_below)        # (B, 1)
     return torch.searchsorted(cumulative, number, right=True)[:, 0]
 
 
+def left_pad(prompts: list[list[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """P lists of token ids -> tokens (P, W), padded on the left, and mask (P, W) of real tokens."""
+    rows = [torch.tensor(prompt) for prompt in prompts]
+    real = [torch.ones(len(prompt), dtype=torch.bool) for prompt in prompts]
+    tokens = pad_sequence(rows, batch_first=True, padding_value=pad_id, padding_side="left")
+    mask = pad_sequence(real, batch_first=True, padding_side="left")
+    return tokens.to(device), mask.to(device)
+
+
+def make_room(tokens: Tensor, mask: Tensor, routes: Tensor, max_new_tokens: int, pad_id: int,
+              group_size: int) -> Rollout:
+    """Prompts (B, W), with their mask and routes -> a Rollout with room for responses, all padding.
+    Routes that are not known yet repeat those of the prompt's last token."""
+    B, W = tokens.shape
+    columns = torch.arange(W + max_new_tokens, device=tokens.device).clamp(max=W - 1)
+    return Rollout(F.pad(tokens, (0, max_new_tokens), value=pad_id),
+                   F.pad(mask, (0, max_new_tokens)),
+                   torch.zeros(B, max_new_tokens, device=tokens.device),
+                   routes.to(torch.uint8)[:, :, columns], group_size)
+
+
 @torch.inference_mode()
-def generate(model, prompts, group_size, max_new_tokens, temperature=1.0, eos_id=None, pad_id=0,
-             generator=None, greedy=False):
-    """Sample `group_size` responses to each prompt, a list of token ids -> Rollout.
+def generate(model: MoETransformer, prompts: list[list[int]], group_size: int, max_new_tokens: int,
+             temperature: float = 1.0, eos_id: int | None = None, pad_id: int = 0,
+             generator: torch.Generator | None = None) -> Rollout:
+    """Sample `group_size` responses to each of P prompts, lists of token ids.
 
-    A response ends with `eos_id` or is cut at `max_new_tokens`; without an `eos_id` all are cut.
-    No top-k or top-p: the trainer has to score the same distribution. The state of `generator`, a
-    CPU one on every device, decides the rollout. See check_request for errors."""
+    A response ends with `eos_id`, or is cut after `max_new_tokens`. There is no top-k or top-p: the
+    trainer has to score the very distribution that was sampled. Temperature 0 takes the likeliest
+    token, with its log-prob at temperature 1. The state of `generator`, a CPU one on every device,
+    decides the rollout. ValueError: see check_request."""
     check_request(model.config, prompts, group_size, max_new_tokens, temperature)
-    config, device, G, T = model.config, model.embed.weight.device, group_size, max_new_tokens
-    lengths = torch.tensor([len(p) for p in prompts], device=device)    # (P,) of the prompts
-    P, B, longest = len(prompts), len(prompts) * G, int(lengths.max())
-    end = -1 if eos_id is None else eos_id
-    # One uniform number per token, drawn at once: a row's luck does not depend on its mates.
-    luck = torch.rand(B, T, generator=generator).to(device)             # (B, T)
-    tokens = torch.full((B, T), pad_id, device=device)
-    logp = torch.zeros(B, T, device=device)
-    routes = torch.arange(config.n_active, dtype=torch.uint8, device=device)    # in padding: any K
-    routes = routes.repeat(config.n_layer, B, longest + T, 1)           # (L, B, S, K)
+    device = model.embed.weight.device
 
-    # The prompts run once each, then their cache is copied to all G rows of the group.
-    padded = torch.tensor([[pad_id] * (longest - len(p)) + list(p) for p in prompts], device=device)
-    cache = KVCache(config, longest - lengths, longest + T, model.embed.weight.dtype)
-    last = torch.arange(longest, device=device) == longest - 1          # its logits are wanted
-    out = model(padded, keep=last.expand(P, -1), cache=cache)
-    group = torch.arange(P, device=device).repeat_interleave(G)         # (B,)
-    slot = (torch.arange(longest, device=device) + cache.start[:, None]).clamp(max=longest - 1)
-    seen = out.routes[:, torch.arange(P, device=device)[:, None], slot] # (L, P, longest, K)
-    routes[:, :, :longest] = seen[:, group].to(torch.uint8)
-    cache.select(group)
-    logits, position = out.logits[group], lengths[group]                # (B, V), (B,)
-    alive = torch.arange(B, device=device)                              # rows still being written
-    ended = torch.zeros(B, dtype=torch.bool, device=device)
+    # 1 Prefill: each prompt goes through the model once.
+    tokens, mask = left_pad(prompts, pad_id, device)                    # (P, W) each
+    cache = KVCache(model.config.n_layer)
+    out = model(tokens, mask, cache=cache, logits_to_keep=1)
 
-    for t in range(T):
-        probs = (logits.float() / temperature).softmax(-1)              # (b, V)
-        new = probs.argmax(-1) if greedy else choose(probs, luck[alive, t])     # (b,)
-        tokens[alive, t] = new
-        logp[alive, t] = probs.gather(1, new[:, None])[:, 0].log()
-        ended = ended | (new == end)
-        going = (~ended).nonzero()[:, 0]
-        if t == T - 1 or len(going) == 0:
+    # 2 Copy each prompt and its cache to all rows of its group, and make room for the responses.
+    P, W = tokens.shape
+    prompt_of_row = torch.arange(P, device=device).repeat_interleave(group_size)    # (B,)
+    cache.select(prompt_of_row)
+    logits = out.logits[prompt_of_row, -1]                              # (B, vocab_size)
+    rollout = make_room(tokens[prompt_of_row], mask[prompt_of_row], out.routes[:, prompt_of_row],
+                        max_new_tokens, pad_id, group_size)
+
+    # 3 Loop: choose a token for each row, drop the rows that end with it, compute the others.
+    # The uniform numbers are drawn at once, so that a row's do not depend on its batch mates.
+    uniform = torch.rand(rollout.logp.shape, generator=generator).to(device)        # (B, T)
+    rows = torch.arange(len(uniform), device=device)                    # those that go on
+    for t in range(max_new_tokens):
+        probs = (logits.float() / (temperature or 1.0)).softmax(dim=-1)     # (rows, vocab_size)
+        chosen = choose(probs, uniform[rows, t]) if temperature else probs.argmax(dim=-1)
+        rollout.tokens[rows, W + t] = chosen
+        rollout.mask[rows, W + t] = True
+        rollout.logp[rows, t] = probs.gather(1, chosen[:, None])[:, 0].log()
+        go_on = (chosen != (-1 if eos_id is None else eos_id)).nonzero()[:, 0]
+        if len(go_on) == 0 or t == max_new_tokens - 1:
             break
-        if len(going) < 0.9 * len(alive):       # to move the cache costs more than a few idle rows
-            alive, new, position, ended = (x[going] for x in (alive, new, position, ended))
-            cache.select(going)
-        out = model(new[:, None], cache=cache)
+        if len(go_on) < len(rows):
+            rows = rows[go_on]
+            chosen = chosen[go_on]
+            cache.select(go_on)
+        out = model(chosen[:, None], torch.ones_like(chosen[:, None]) > 0, cache=cache)
         logits = out.logits[:, 0]
-        routes[:, alive, position] = out.routes[:, :, 0].to(torch.uint8)
-        position = position + 1
+        rollout.routes[:, rows, W + t] = out.routes[:, :, 0].to(torch.uint8)
 
-    mask = F.pad((tokens == end).cumsum(1)[:, :-1], (1, 0)) == 0         # no end before this token
-    tokens, logp = tokens.where(mask, pad_id), logp.where(mask, 0.0)
-    lengths, T = mask.sum(1), int(mask.sum(1).max())
-    with torch.inference_mode(False):           # ordinary tensors again: autograd may save them
-        return Rollout([list(p) for p in prompts], *(x.clone() for x in (
-            tokens[:, :T], logp[:, :T], mask[:, :T], routes, lengths)))
+    # 4 Pack up: cut the columns that no response has reached.
+    with torch.inference_mode(False):           # ordinary tensors again, which autograd may save
+        return rollout.cut(T=t + 1)

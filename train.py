@@ -10,16 +10,20 @@
     1  cold start   imitate a teacher who thinks now and then, slips and guesses    cold_start
     2  evaluate     on held-out problems                                            evaluate
     3  RL           sample, reward, advantages, update; again                       rl
-    4  report       what happened, in words, numbers and curves                     report
+    4  report       what happened, in words, numbers and curves                     finish
 
 All chance comes from (seed, stage, step). So a checkpoint needs only the weights, the optimiser and
 the number of the step to go on exactly as if nothing had happened.
 """
+import ast
 import copy
+import csv
 import dataclasses
 import hashlib
 import inspect
+import itertools
 import json
+import os
 import random
 import signal
 import sys
@@ -28,23 +32,22 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 import gspo
 import moe
-from data import demonstrations
-from data.options import fail, option, parse
-from data.responses import explore, held_out_problems, respond
+from data import demonstrations, tasks
 from data.tokenizer import Tokenizer
-from results import inspection, report
+from lab import report
+from lab.options import Parser, fail, option, parser_for
+
+# Every field below is a flag, and its text is what --help says about it.
 
 
 @dataclasses.dataclass
-class Config:
-    """Every field is a flag; what it says is its help."""
-    task: str = option("arithmetic", "module in data/ that holds the class Task")
-    seed: int = option(0, "same seed and threads, same run", 0)
-    # The model: a third of a million parameters learn this task in minutes on two cores.
+class ModelOptions:
+    """the model: a third of a million parameters learn this task in minutes on two cores"""
     n_layer: int = option(3, "layers", 1, 4096)
     d_model: int = option(64, "width between the layers", 2, 4096)
     n_head: int = option(4, "query heads", 1)
@@ -52,32 +55,31 @@ class Config:
     n_expert: int = option(8, "experts in a layer", 1)
     n_active: int = option(2, "experts that a token uses", 1)
     d_expert: int = option(64, "inner width of an expert", 1, 4096)
-    # Cold start.
+
+
+@dataclasses.dataclass
+class ColdStartOptions:
+    """the cold start: imitation of the teacher"""
     cold_steps: int = option(4500, "steps of imitation: until the thinking is mostly right", 1)
     cold_lr: float = option(6e-3, "peak learning rate; so small a model bears a high one", 0, 1)
-    cold_tokens: int = option(2560, "tokens in a batch, padding included", 64)
+    cold_tokens: int = option(2560, "tokens in a batch, padding not counted", 64)
     balance: float = option(0.01, "weight of the loss that keeps all experts in use", 0, 10)
-    # RL.
+
+
+@dataclasses.dataclass
+class RLOptions:
+    """RL"""
     algorithm: str = option("gspo", "the objective", choices=tuple(gspo.ALGORITHMS))
     steps: int = option(500, "RL steps; later ones find few groups with a signal", 0)
     prompts: int = option(32, "problems in a step", 1)
     group_size: int = option(8, "responses to a problem: each other's baseline", 2)
     mini_batches: int = option(4, "optimiser steps per rollout, as in the paper", 1)
     lr: float = option(3e-4, "learning rate: gentle, the policy must stay near the sampler's", 0, 1)
-    clip_low: float = option(None, "lower clip range (default: see README; gspo 3e-3)", 0, 1)
-    clip_high: float = option(None, "upper clip range (default: see README; gspo 4e-3)", 0, 100)
-    scale: str = option(None, "divide advantages by their group's std? (default: as in its paper)",
-                        choices=("std", "none"))
+    clip_low: float = option(None, "lower clip range (default: the algorithm's, gspo 3e-3)", 0, 1)
+    clip_high: float = option(None, "upper one (default: the algorithm's, gspo 4e-3)", 0, 100)
     routing_replay: str = option("none", "update with the experts that were active under the old "
                                  "weights: r2, in a pass of the trainer; r3, in the sampler",
                                  choices=("none", "r2", "r3"))
-    kl_coef: float = option(0.0, "weight of the KL to the cold start's policy, off in GSPO", 0, 99)
-    gamma: float = option(1.0, "ppo: a reward a token later is worth this much", 0, 1)
-    gae_lambda: float = option(0.95, "ppo: 1 trusts rewards, 0 the critic", 0, 1)
-    dynamic_sampling: bool = option(False, "sample until every group has a signal (DAPO)")
-    sampling_rounds: int = option(10, "with --dynamic_sampling: at most so often", 1, 1000)
-    overlong: int = option(0, "so many tokens before --max_new_tokens the reward begins to fall, "
-                           "to 1 less at the end (DAPO); 0: it does not", 0, 1000)
     temperature: float = option(1.0, "of sampling and of scoring: the policy as it is", 0.01, 100)
     max_new_tokens: int = option(64, "a response without an end by then is worth 0", 1, 1000)
     max_grad_norm: float = option(1.0, "longer gradients are shortened to this", 1e-6)
@@ -85,7 +87,27 @@ class Config:
     recompute_logp_old: bool = option(False, "score again, do not trust the sampler's log-probs")
     correction: str = option("none", "score again and weigh tokens by how far off the sampler was",
                              choices=("none", "tis", "icepop"))
-    # The run.
+
+
+@dataclasses.dataclass
+class RelativesOptions:
+    """for GSPO's relatives only"""
+    scale: str = option(None, "divide advantages by their group's std? (default: as in its paper)",
+                        choices=("std", "none"))
+    kl_coef: float = option(0.0, "weight of the KL to the cold start's policy, off in GSPO", 0, 99)
+    gamma: float = option(1.0, "ppo: a reward a token later is worth this much", 0, 1)
+    gae_lambda: float = option(0.95, "ppo: 1 trusts rewards, 0 the critic", 0, 1)
+    dynamic_sampling: bool = option(False, "sample until every group has a signal (DAPO)")
+    sampling_rounds: int = option(10, "with --dynamic_sampling: at most so often", 1, 1000)
+    overlong: int = option(0, "so many tokens before --max_new_tokens the reward begins to fall, "
+                           "to 1 less at the end (DAPO); 0: it does not", 0, 1000)
+
+
+@dataclasses.dataclass
+class RunOptions:
+    """the run"""
+    task: str = option("arithmetic", "module in data/ that holds the class Task")
+    seed: int = option(0, "same seed and threads, same run", 0)
     eval_every: int = option(100, "RL steps from one held-out evaluation to the next", 1)
     save_every: int = option(50, "RL steps from one checkpoint to the next", 1)
     device: str = option("auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
@@ -93,292 +115,601 @@ class Config:
     out: str = option(None, "folder of the run (default: the first free out/run-N)")
 
 
+@dataclasses.dataclass
+class Config(RunOptions, RelativesOptions, RLOptions, ColdStartOptions, ModelOptions):
+    """All options. ValueError for those that do not go together."""
+
     def __post_init__(self):
-        """Fill in what depends on the algorithm."""
-        term, _, clip, scale = gspo.ALGORITHMS[self.algorithm]
-        # The paper's 3e-4 and 4e-4 belong to responses of thousands of tokens. In one of 30 tokens
-        # a single one moves the mean log-ratio far more: ten times the range learned faster on all
-        # of five seeds.
-        clip = (3e-3, 4e-3) if self.algorithm in ("gspo", "gspo_token") else clip
-        for name, default in (("clip_low", clip[0]), ("clip_high", clip[1]), ("scale", scale)):
-            if default is None and getattr(self, name) is not None:
-                raise ValueError(f"argument --{name}: {self.algorithm} has no such thing")
-            if getattr(self, name) is None:
-                setattr(self, name, default)
-        if self.correction != "none" and term in gspo.PER_RESPONSE:
-            raise ValueError(f"argument --correction: it weighs tokens, {self.algorithm} whole "
-                             "responses; gspo_token can have it")
+        settings = self.settings()
+        self.clip_low = settings.clip_low
+        self.clip_high = settings.clip_high
+        self.scale = settings.scale
         if self.overlong > self.max_new_tokens:
-            raise ValueError("argument --overlong: at most --max_new_tokens")
+            raise ValueError(f"overlong is {self.overlong}; it must be at most --max_new_tokens, "
+                             f"{self.max_new_tokens}")
+
+    def settings(self) -> gspo.Settings:
+        """Those of the options that gspo.update reads."""
+        names = {field.name for field in dataclasses.fields(gspo.Settings)}
+        return gspo.Settings(**{name: value for name, value in vars(self).items() if name in names})
 
 
 MAX_PROMPT = 64     # tokens
+LAYOUT = 1          # of a checkpoint; raise it when older ones can no longer be read
+
+
+class Run(NamedTuple):
+    """What every stage works with."""
+    config: Config
+    task: object
+    tokenizer: Tokenizer
+    model: moe.MoETransformer
+    folder: Path
+
+
+class Response(NamedTuple):
+    problem: object
+    text: str | None    # without its end token; None if it was cut before one
+    reward: float       # 0 if it was cut
+    length: int         # tokens, the end token included
 
 
 # ---------------------------------------------------------------------------- 1 the cold start
 
-def cold_start(config, task, tokenizer, model, fresh):
-    """Imitate the teacher, from random weights. Kept in out/ for later runs; gives the seconds."""
-    device = model.embed.weight.device
-    relevant = {name: value for name, value in dataclasses.asdict(config).items()
-                if name.startswith(("cold_", "n_", "d_")) or
-                name in ("task", "seed", "balance", "threads", "max_new_tokens", "max_grad_norm")}
-    sources = [inspect.getsource(x) for x in (moe, demonstrations, inspect.getmodule(type(task)),
-                                              cold_start)]
-    made_of = repr((relevant, task, sources, tokenizer.tokens, torch.__version__, device.type))
-    path = Path("out") / f"cold-{hashlib.sha256(made_of.encode()).hexdigest()[:12]}.pt"
+def cold_start(run: Run, fresh: bool) -> float:
+    """Imitate the teacher, from random weights -> the seconds that took. The result is kept in out/
+    for later runs that would make the same, unless `fresh`."""
+    config = run.config
+    model = run.model
+    path = Path("out") / f"cold-{cold_start_key(run)}.pt"
     if path.exists() and not fresh:
-        kept = report.load(path, "--fresh makes it again")
+        kept = load(path, "--fresh makes it again")
         model.load_state_dict(kept["model"])
         print(f"1 cold start: taken from {path} (--fresh makes it again)")
         return kept["seconds"]
 
     print(f"1 cold start: {config.cold_steps} steps of imitation")
+    device = model.embed.weight.device
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.05,
                                   fused=True)
     began = time.time()
-    batches = demonstrations.batches(task, tokenizer, config.seed, config.cold_tokens)
+    batches = demonstrations.batches(run.task, run.tokenizer, config.seed, config.cold_tokens)
     for step in range(1, config.cold_steps + 1):
         for group in optimizer.param_groups:        # 50 steps up, then down to 0
             group["lr"] = config.cold_lr * min(step / 50, 1 - (step - 1) / config.cold_steps)
-        tokens, keep, target = demonstrations.collate(next(batches), device)
-        out = model(tokens, keep=keep)                                      # logits (M, V)
-        total = F.cross_entropy(out.logits, target, reduction="sum")        # nats
-        # Over a constant, not over M: a token weighs the same in every batch.
+        tokens, mask, T = demonstrations.collate(next(batches), run.tokenizer.pad_id, device)
+        out = model(tokens, mask, logits_to_keep=T + 1)
+        # The logits of a column predict the token of the next one; only responses are imitated.
+        response_mask = mask[:, -T:]
+        predicted = out.logits[:, :-1][response_mask]                       # (N, vocab_size)
+        target = tokens[:, -T:][response_mask]                              # (N,)
+        total = F.cross_entropy(predicted, target, reduction="sum")         # nats
+        # Divide by a constant, not by N: a token weighs the same in every batch.
         loss = total / config.cold_tokens
         optimizer.zero_grad()
-        (loss + config.balance * moe.balance_loss(out)).backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
-        if not torch.isfinite(loss + norm):
+        (loss + config.balance * moe.balance_loss(out, mask)).backward()
+        grad_norm = nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+        if not torch.isfinite(loss + grad_norm):
             sys.exit(f"train.py: cold start step {step}: loss {loss.item()}, gradient norm "
-                     f"{norm.item()}; there is no checkpoint yet. A lower --cold_lr may help.")
+                     f"{grad_norm.item()}; there is no checkpoint yet. A lower --cold_lr may help.")
         optimizer.step()
         if step % 100 == 0 or step == config.cold_steps:
             left = (time.time() - began) / step * (config.cold_steps - step)
             print(f"  step {step:5}   loss {total / len(target):.3f} nats a token   "
                   f"{report.clock(left)} left", flush=True)
     seconds = time.time() - began
-    report.save(path, {"model": model.state_dict(), "seconds": seconds})
+    save(path, {"layout": LAYOUT, "model": model.state_dict(), "seconds": seconds})
     return seconds
+
+
+def cold_start_key(run: Run) -> str:
+    """A name for all that decides a cold start: options, task, code, vocabulary, torch, machine."""
+    names = [field.name for part in (ModelOptions, ColdStartOptions)
+             for field in dataclasses.fields(part)]
+    names += ["task", "seed", "threads", "max_grad_norm"]
+    options = {name: getattr(run.config, name) for name in names}
+    code = [code_of(x) for x in (
+        moe, demonstrations, inspect.getmodule(type(run.task)), Tokenizer, cold_start)]
+    parts = (options, vars(run.task), code, run.tokenizer.tokens, torch.__version__,
+             run.model.embed.weight.device.type)
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
+
+
+def code_of(x) -> str:
+    """The code of a module, class or function without its comments and docstrings: editing these
+    keeps a cold start."""
+    tree = ast.parse(inspect.getsource(x))
+    for node in ast.walk(tree):
+        documented = isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))
+        if documented and ast.get_docstring(node):
+            del node.body[0]
+    return ast.dump(tree)
 
 
 # ---------------------------------------------------------------------------- 2 the evaluation
 
-def evaluate(config, task, tokenizer, model):
-    """On held-out problems, 4 sampled responses and the greedy one each -> numbers, the sampled."""
-    problems = held_out_problems(task)
-    _, greedy = respond(config, task, tokenizer, model, problems, 1)
-    _, sampled = respond(config, task, tokenizer, model, problems, 4,
-                         torch.Generator().manual_seed(config.seed))
+def sample(run: Run, problems: list, group_size: int, temperature: float,
+           generator: torch.Generator | None = None) -> moe.Rollout:
+    """`group_size` responses to each problem; temperature 0 is greedy."""
+    model = run.model
+    if run.config.sampler == "bfloat16":
+        model = copy.deepcopy(model).bfloat16()
+    prompts = [run.tokenizer.encode(problem.prompt) for problem in problems]
+    return moe.generate(model, prompts, group_size, run.config.max_new_tokens, temperature,
+                        run.tokenizer.eos_id, run.tokenizer.pad_id, generator)
+
+
+def reward(run: Run, problems: list, rollout: moe.Rollout) -> list[Response]:
+    """What each response, row by row, says and is worth."""
+    responses = []
+    rows = zip(rollout.response.tolist(), rollout.lengths.tolist())
+    for i, (ids, length) in enumerate(rows):
+        problem = problems[i // rollout.group_size]
+        text = None
+        value = 0.0
+        if ids[length - 1] == run.tokenizer.eos_id:
+            text = run.tokenizer.decode(ids[:length - 1])
+            value = float(run.task.reward(problem, text))
+        responses.append(Response(problem, text, value, length))
+    return responses
+
+
+def evaluate(run: Run) -> tuple[dict, list[Response]]:
+    """On held-out problems, 4 sampled responses to each and the greedy one -> numbers, and the
+    sampled responses."""
+    problems = tasks.held_out_problems(run.task)
+    greedy = reward(run, problems, sample(run, problems, 1, temperature=0.0))
+    generator = torch.Generator().manual_seed(run.config.seed)
+    sampled = reward(run, problems, sample(run, problems, 4, run.config.temperature, generator))
     return report.evaluation(sampled, greedy), sampled
 
 
 # ---------------------------------------------------------------------------- 3 RL
 
 class Learner(NamedTuple):
-    """What RL moves, and what it may need beside."""
-    model: moe.MoETransformer
+    """What RL moves, and what it may need beside the model."""
     optimizer: torch.optim.Optimizer
-    head: torch.nn.Module | None                # ppo: the critic's
+    head: nn.Module | None                      # ppo: the critic's
     reference: moe.MoETransformer | None        # with --kl_coef: the model after the cold start
 
 
-def new_learner(config, model, state):
-    """A Learner that goes on from `state`."""
-    head = reference = None
+def new_learner(run: Run, state: dict) -> Learner:
+    """A Learner that goes on from `state`, the content of a checkpoint."""
+    config = run.config
+    head = None
+    reference = None
     if config.algorithm == "ppo":
-        head = torch.nn.Linear(config.d_model, 1).to(model.embed.weight.device)
+        head = nn.Linear(config.d_model, 1).to(run.model.embed.weight.device)
         for parameter in head.parameters():
-            torch.nn.init.zeros_(parameter)
+            nn.init.zeros_(parameter)
         head.load_state_dict(state.get("head", head.state_dict()))
     if config.kl_coef:
-        reference = copy.deepcopy(model)
-        reference.load_state_dict(state.setdefault("reference", copy.deepcopy(model.state_dict())))
-    optimizer = torch.optim.AdamW([*model.parameters(), *(head.parameters() if head else ())],
-                                  lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+        reference = copy.deepcopy(run.model)
+        reference.load_state_dict(load(run.folder / "cold_start.pt", "start a new run")["model"])
+    parameters = [*run.model.parameters(), *(head.parameters() if head else ())]
+    optimizer = torch.optim.AdamW(parameters, lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0,
+                                  fused=True)
     if "optimizer" in state:
         optimizer.load_state_dict(state["optimizer"])
-    return Learner(model, optimizer, head, reference)
+    return Learner(optimizer, head, reference)
 
 
-def prepare(config, learner, rollout, rewards):
-    """Everything that gspo.update wants to know of a rollout -> the rollout (scored again where an
-    option asks for it), advantages, further arguments, metrics."""
-    sampled, replay, extra, began = rollout.logp, config.routing_replay, {}, time.time()
-    corrected, logp_ref, critic = config.correction != "none", None, None
-    if config.recompute_logp_old or corrected or replay == "r2" or learner.head:
-        rollout, values = gspo.rescore(learner.model, rollout, config.temperature,
-                                       replay=replay == "r3", head=learner.head)
-        extra["seconds_rescoring"] = time.time() - began
-    mean_weight = gspo.seq_mean_token_mean(rollout.lengths, None)                       # (B,)
-    if learner.reference:
-        logp_ref = gspo.rescore(learner.reference, rollout, config.temperature)[0].logp
-        extra["kl_ref"] = gspo.kl_loss(rollout.logp, logp_ref, rollout.mask, mean_weight).item()
-    rewards = rewards.to(rollout.logp.device)                                           # (P, G)
-    if learner.head:
-        advantages, critic = gspo.ppo_advantages(rollout, learner.head, values, rewards.flatten(),
-                                                 config.gamma, config.gae_lambda)       # (B, T)
-        extra["value_error"] = (critic.returns - values)[rollout.mask].square().mean().item()
-    else:
-        advantages = gspo.group_advantages(rewards, config.scale).flatten()             # (B,)
-    if corrected:
-        advantages = advantages.view(len(sampled), -1) * gspo.mismatch_weights(
-            config.correction, rollout.logp, sampled)                                   # (B, T)
-    return rollout, advantages, dict(
-        algorithm=config.algorithm, clip_low=config.clip_low, clip_high=config.clip_high,
-        mini_batches=config.mini_batches, temperature=config.temperature,
-        max_grad_norm=config.max_grad_norm, max_length=config.max_new_tokens,
-        replay=replay != "none", kl_coef=config.kl_coef, logp_ref=logp_ref, critic=critic), extra
+class Samples(NamedTuple):
+    """The groups that an RL step learns from, and all responses that were sampled for it."""
+    rollout: moe.Rollout
+    rewards: Tensor             # (P, G), the overlong penalty included
+    has_signal: Tensor          # (P,) True for groups that are neither all right nor all wrong
+    responses: list[Response]
 
 
-def rl_step(config, task, tokenizer, learner, step):
-    """One step of RL -> the row of metrics.csv, the rows of updates.csv."""
+def overlong_penalty(lengths: Tensor, longest: int, margin: int) -> Tensor:
+    """What DAPO (2503.14476, Eq. 13) adds to the reward: 0 for responses up to `longest - margin`
+    tokens, then less with every token, -1 from `longest` on. No `margin`, no penalty."""
+    if margin == 0:
+        return torch.zeros(lengths.shape)
+    return ((longest - margin - lengths) / margin).clamp(-1, 0)
+
+
+def sample_and_reward(run: Run, rng: random.Random) -> Samples:
+    """P new problems, G responses to each, their rewards. `rng` is where all chance comes from."""
+    config = run.config
+    problems = [run.task.sample(rng) for _ in range(config.prompts)]
+    generator = torch.Generator().manual_seed(rng.getrandbits(63))
+    rollout = sample(run, problems, config.group_size, config.temperature, generator)
+    responses = reward(run, problems, rollout)
+    rewards = torch.tensor([response.reward for response in responses])
+    rewards = rewards.view(-1, config.group_size)                           # (P, G)
+    has_signal = rewards.amax(dim=1) > rewards.amin(dim=1)                  # (P,)
+    penalty = overlong_penalty(rollout.lengths.cpu(), config.max_new_tokens, config.overlong)
+    return Samples(rollout, rewards + penalty.view_as(rewards), has_signal, responses)
+
+
+def sample_until_signal(run: Run, rng: random.Random) -> Samples:
+    """Dynamic sampling (DAPO): drop groups that are all right or all wrong and sample new problems
+    until there are P groups. After the last round, dropped groups of that round fill the gaps."""
+    P = run.config.prompts
+    kept = []
+    missing = P
+    for rounds_left in reversed(range(run.config.sampling_rounds)):
+        new = sample_and_reward(run, rng)
+        signal_first = (~new.has_signal).int().argsort(stable=True)         # (P,)
+        n_signal = int(new.has_signal.sum())
+        if rounds_left == 0 and n_signal < missing:
+            print(f"  after {run.config.sampling_rounds} rounds of sampling {missing - n_signal} "
+                  f"of {P} groups have no signal; see --sampling_rounds")
+            n_signal = missing
+        kept.append((new, signal_first[:min(missing, n_signal)].sort().values))
+        missing -= len(kept[-1][1])
+        if missing == 0:
+            break
+    rollouts = []
+    for new, groups in kept:
+        rows = torch.arange(len(new.rollout.tokens)).view(P, -1)[groups].flatten()
+        rollouts.append(new.rollout.select(rows.to(new.rollout.tokens.device)))
+    return Samples(moe.Rollout.join(rollouts),
+                   torch.cat([new.rewards[groups] for new, groups in kept]),
+                   torch.cat([new.has_signal[groups] for new, groups in kept]),
+                   list(itertools.chain(*(new.responses for new, _ in kept))))
+
+
+def rl_step(run: Run, learner: Learner, step: int) -> tuple[dict, list[dict]]:
+    """One step of RL -> a row of metrics.csv, and the rows of updates.csv."""
     began = time.time()
-    # 1 sample G responses to each of P problems, 2 reward them
-    rollout, rewards, responses = explore(config, task, tokenizer, learner.model, step)
-    # 3 advantages: how good is a response beside its siblings?
-    rollout, advantages, options, extra = prepare(config, learner, rollout, rewards)
-    # 4 ratio, 5 clip and 6 update: `mini_batches` times, each with its own groups
-    updates = gspo.update(learner.model, learner.optimizer, rollout, advantages, **options)
+    rng = random.Random(f"{run.config.seed} rl {step}")
+    settings = run.config.settings()
+    # 1 Sample G responses to each of P problems.  2 Reward them.
+    collect = sample_until_signal if run.config.dynamic_sampling else sample_and_reward
+    samples = collect(run, rng)
+    # 3 Advantages: how good is a response beside its siblings?
+    experience, metrics = gspo.prepare(
+        run.model, samples.rollout, samples.rewards.to(samples.rollout.logp.device), settings,
+        learner.reference, learner.head)
+    # 4 Ratio, 5 clip, 6 update: `mini_batches` times, each with its own groups.
+    updates = gspo.update(run.model, learner.optimizer, experience, settings)
+
     seconds = time.time() - began
-    if step == 1 and options["replay"]:
-        print(f"  routing replay {config.routing_replay}: a pass that records the experts took "
-              f"{extra.get('seconds_rescoring', 0):.3f} of {seconds:.3f} s; the record has "
-              f"{rollout.routes.nbytes / 1024:.0f} KiB")
-    return report.response_stats(responses) | report.means(updates) | extra | {
-        "step": step, "seconds": seconds,
-        "no_signal": (rewards.amax(dim=1) == rewards.amin(dim=1)).float().mean().item(),
-        "tokens_per_second": sum(response.length for response in responses) / seconds}, updates
+    if step == 1 and settings.routing_replay != "none":
+        print(f"  routing replay {settings.routing_replay}: a pass that records the experts took "
+              f"{metrics.get('seconds_rescoring', 0):.3f} of {seconds:.3f} s; the record has "
+              f"{samples.rollout.routes.nbytes / 1024:.0f} KiB")
+    n_tokens = sum(response.length for response in samples.responses)
+    row = report.response_metrics(samples.responses) | report.means(updates) | metrics
+    row["step"] = step
+    row["no_signal"] = 1 - samples.has_signal.float().mean().item()
+    row["seconds"] = seconds
+    row["tokens_per_second"] = n_tokens / seconds
+    return row, updates
 
 
-def rl(config, task, tokenizer, model, state, folder):
+def rl(run: Run, state: dict):
     """RL from step state["step"] to config.steps: logged, evaluated and saved on the way."""
-    learner = new_learner(config, model, state)
-    first, began, seconds_before = state["step"], time.time(), state["seconds_rl"]
-    log, interrupted = report.Log(folder, first, config.n_layer), []
-
-    def checkpoint():
-        state.update(model=model.state_dict(), optimizer=learner.optimizer.state_dict())
-        if learner.head:
-            state["head"] = learner.head.state_dict()
-        report.save(folder / "checkpoint.pt", state)
-        return state["step"]
-
-    saved = checkpoint()
-    # The first Ctrl-C waits for the end of the step, a second one does not.
-    signal.signal(signal.SIGINT, lambda *_: interrupted.append(
-        signal.signal(signal.SIGINT, signal.default_int_handler)))
+    config = run.config
+    if state["step"] == 0:
+        save(run.folder / "cold_start.pt", state | {"model": run.model.state_dict()})
+    learner = new_learner(run, state)
+    saved_step = save_checkpoint(run, learner, state)
+    log = Log(run.folder, state["step"], config.n_layer)
+    first = state["step"]
+    seconds_before = state["seconds_rl"]
+    began = time.time()
+    interrupted = catch_interrupt()
     for step in range(first + 1, config.steps + 1):
         if (step - first) % 25 == 1:
             print(report.HEADER)
         try:
-            row, updates = rl_step(config, task, tokenizer, learner, step)
+            row, updates = rl_step(run, learner, step)
         except FloatingPointError as error:
-            sys.exit(f"train.py: RL step {step}: {error}; {folder}/checkpoint.pt has the model as "
-                     f"it was after step {saved}. A lower --lr may help.")
+            sys.exit(f"train.py: RL step {step}: {error}; {run.folder}/checkpoint.pt has the model "
+                     f"as it was after step {saved_step}. A lower --lr may help.")
         if step % config.eval_every == 0 or step == config.steps:
-            state["evaluation"], sampled = evaluate(config, task, tokenizer, model)
-            row |= {name: state["evaluation"][name] for name in ("accuracy", "accuracy_greedy")}
-        state["step"], state["seconds_rl"] = step, seconds_before + time.time() - began
+            state["evaluation"], sampled = evaluate(run)
+            row["accuracy"] = state["evaluation"]["accuracy"]
+            row["accuracy_greedy"] = state["evaluation"]["accuracy_greedy"]
+        state["step"] = step
+        state["seconds_rl"] = seconds_before + time.time() - began
         state["responses"] += row["responses"]
         log.write(row, updates)
         left = (time.time() - began) / (step - first) * (config.steps - step)
         report.print_row(row, state["evaluation"]["accuracy"], left)
         if "accuracy" in row:
-            report.show(state["evaluation"], sampled, folder / "samples.txt", f"RL step {step}")
+            report.show(state["evaluation"], sampled, run.folder / "samples.txt", f"RL step {step}")
         if step % config.save_every == 0 or step == config.steps or interrupted:
-            saved = checkpoint()
+            saved_step = save_checkpoint(run, learner, state)
         if interrupted and step < config.steps:
-            print(f"stopped; to go on: python train.py --resume --out {folder}")
+            print(f"stopped; to go on: python train.py --resume --out {run.folder}")
             sys.exit(130)
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def inspect_update(config, task, tokenizer, model, state):
-    """Make all but the last optimiser step of the next RL step, in memory, and show that one's
-    responses: what they are to the model that has moved since it sampled them."""
-    learner, n = new_learner(config, model, state), config.mini_batches
-    signal_only = dataclasses.replace(config, dynamic_sampling=True)
-    sampled, rewards, _ = explore(signal_only, task, tokenizer, model, state["step"] + 1)
-    rollout, advantages, options, _ = prepare(config, learner, sampled, rewards)
-    gspo.update(model, learner.optimizer, rollout, advantages, **options, steps=max(1, n - 1))
-    groups = torch.arange(config.prompts).tensor_split(n)[-1].tolist()
-    rows = [g * config.group_size + i for g in groups for i in range(config.group_size)]
-    print(f"{config.out}, {config.algorithm}, RL step {state['step'] + 1}, in memory: "
-          f"{max(1, n - 1)} of {n} optimiser steps are made.")
-    like = {"gspo": ("gspo", "gspo_token"), "grpo": ("grpo", "ppo", "dr_grpo", "dapo")}
-    ranges = {name: (c.clip_low, c.clip_high) for name, family in like.items()
-              for c in [config if config.algorithm in family else Config(algorithm=name)]}
-    inspection.show(config, tokenizer, model, rollout, rewards, advantages, rows, ranges)
+def catch_interrupt() -> list:
+    """A list that is empty until Ctrl-C is pressed. The first Ctrl-C waits for the end of the step,
+    a second one does not."""
+    interrupted = []
+
+    def handle(number, frame):
+        interrupted.append(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGINT, handle)
+    return interrupted
+
+
+# ---------------------------------------------------------------------------- what a run leaves
+
+COLUMNS = ["step", "accuracy", "accuracy_greedy", "reward", "reward_thinking", "reward_direct",
+           "think", "length", "length_thinking", "length_direct", "length_right", "length_wrong",
+           "truncated", "no_signal", "loss", "clip_low", "clip_high", "clip_low_seq",
+           "clip_high_seq", "log_s_mean", "log_s_std", "log_w_mean", "log_w_std", "outliers", "kl",
+           "kl_ref", "value_error", "entropy", "grad_norm", "expert_change", "expert_load",
+           "router_entropy", "tokens_per_second", "seconds", "seconds_rescoring"]
+UPDATE_COLUMNS = ["step", "mini_batch", *COLUMNS[COLUMNS.index("loss"):COLUMNS.index("kl_ref")],
+                  *report.LAYERED, "entropy", "grad_norm"]
+RUN_FILES = {"config.json", "metrics.csv", "updates.csv", "samples.txt", "summary.json",
+             "cold_start.pt", "checkpoint.pt", "curves.png"}
+
+
+def table_writer(path: Path, columns: list[str], step: int) -> csv.DictWriter:
+    """A CSV file, open for more rows. A resumed run keeps the rows up to its checkpoint's step."""
+    rows = []
+    if path.exists():
+        rows = [row for row in report.read_table(path) if int(row["step"]) <= step]
+    with open(f"{path}.part", "w", newline="") as file:
+        writer = csv.DictWriter(file, columns, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
+    os.replace(f"{path}.part", path)
+    file = open(path, "a", newline="", buffering=1)     # line by line, for those who look on
+    return csv.DictWriter(file, columns, extrasaction="ignore")
+
+
+class Log:
+    """metrics.csv, a row for each RL step, and updates.csv, a row for each optimiser step, in which
+    a metric that the layers have apart, such as expert_change, has columns expert_change_0 ..."""
+    def __init__(self, folder: Path, step: int, n_layer: int):
+        layers = itertools.product(report.LAYERED, range(n_layer))
+        layered = [f"{name}_{layer}" for name, layer in layers]
+        self.metrics = table_writer(folder / "metrics.csv", COLUMNS, step)
+        self.updates = table_writer(folder / "updates.csv", UPDATE_COLUMNS + layered, step)
+
+    def write(self, row: dict, updates: list[dict]):
+        self.metrics.writerow(row)
+        for update in updates:
+            layered = {}
+            for name in report.LAYERED:
+                layered |= {f"{name}_{layer}": x for layer, x in enumerate(update[name])}
+            self.updates.writerow({"step": row["step"]} | update | layered)
+
+
+def save(path: Path, content: dict):
+    """Atomic: whoever opens the file finds the old content or the new, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(content, f"{path}.part")
+    os.replace(f"{path}.part", path)
+
+
+def load(path: Path, remedy: str) -> dict:
+    """What `save` wrote: tensors and plain data, never code. ValueError if it cannot be read."""
+    if not path.exists():
+        raise ValueError(f"there is no {path}; {remedy}")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        content["model"].items()        # whatever is saved here has weights
+    except Exception as error:          # whatever a damaged file leads to
+        raise ValueError(f"{path} cannot be read ({type(error).__name__}); {remedy}") from error
+    if content.get("layout") != LAYOUT:
+        raise ValueError(f"{path} has layout {content.get('layout', 0)} of an older or newer "
+                         f"version, this one reads {LAYOUT}; {remedy}")
+    return content
+
+
+def save_checkpoint(run: Run, learner: Learner, state: dict) -> int:
+    """Bring the state up to date and save it -> its step."""
+    state["model"] = run.model.state_dict()
+    state["optimizer"] = learner.optimizer.state_dict()
+    if learner.head:
+        state["head"] = learner.head.state_dict()
+    save(run.folder / "checkpoint.pt", state)
+    return state["step"]
+
+
+def last_run() -> Path:
+    runs = sorted(Path("out").glob("*/checkpoint.pt"), key=lambda path: path.stat().st_mtime)
+    if not runs:
+        raise ValueError("there is no run in out/ yet; begin with: python train.py")
+    return runs[-1].parent
+
+
+def is_free(folder: Path) -> bool:
+    """True if a new run may use the folder: it does not exist, or holds nothing but what a run
+    leaves that was killed before its first checkpoint."""
+    if not folder.exists():
+        return True
+    names = {path.name.removesuffix(".part") for path in folder.iterdir()}
+    return names <= RUN_FILES and not (folder / "checkpoint.pt").exists()
 
 
 # ---------------------------------------------------------------------------- the whole job
 
-def begin(config, task, tokenizer, model, fresh):
+def begin(run: Run, fresh: bool) -> dict:
     """Stages 1 and 2 -> the state of a new run, which is what a checkpoint holds."""
-    seconds, began = cold_start(config, task, tokenizer, model, fresh), time.time()
+    for name in RUN_FILES:              # of a run that was killed before its first checkpoint
+        (run.folder / name).unlink(missing_ok=True)
+    seconds = cold_start(run, fresh)
+    began = time.time()
     print("2 evaluate: what imitation has reached")
-    evaluation, scored = evaluate(config, task, tokenizer, model)
-    report.show(evaluation, scored, Path(config.out) / "samples.txt", "after the cold start")
+    evaluation, sampled = evaluate(run)
+    report.show(evaluation, sampled, run.folder / "samples.txt", "after the cold start")
     rng = random.Random("the teacher")
-    teacher = report.mean(task.reward(problem, task.demonstrate(problem, rng))
-                          for problem in held_out_problems(task) for _ in range(10))
-    return {"step": 0, "responses": 0, "seconds_rl": 0.0, "seconds_cold_start": seconds,
-            "seconds_before_rl": seconds + time.time() - began, "accuracy_teacher": teacher,
-            "cold_start": evaluation, "evaluation": evaluation}
+    problems = tasks.held_out_problems(run.task) * 10
+    teacher = report.mean(run.task.reward(problem, run.task.demonstrate(problem, rng))
+                          for problem in problems)
+    options = dataclasses.asdict(run.config) | task_options(run.task)
+    return {"layout": LAYOUT, "options": options, "step": 0, "responses": 0, "seconds_rl": 0.0,
+            "seconds_cold_start": seconds, "seconds_before_rl": seconds + time.time() - began,
+            "accuracy_teacher": teacher, "cold_start": evaluation, "evaluation": evaluation}
 
 
-def build(config, task, state):
-    """The tokenizer and the model, which takes up the weights of `state` if there is one."""
+def finish(run: Run, state: dict):
+    """Stage 4: summary.json, curves.png and a few words."""
+    cold = state["cold_start"]
+    last = state["evaluation"]
+    summary = {
+        "accuracy_teacher": state["accuracy_teacher"], "accuracy_cold_start": cold["accuracy"],
+        "accuracy": last["accuracy"], "accuracy_greedy": last["accuracy_greedy"],
+        "think_share_cold_start": cold["think_share"], "think_share": last["think_share"],
+        "seconds_cold_start": state["seconds_cold_start"], "seconds_rl": state["seconds_rl"],
+        "seconds": state["seconds_before_rl"] + state["seconds_rl"],
+        "peak_memory_mib": report.peak_memory_mib(), "steps": state["step"],
+        "responses": state["responses"]}
+    (run.folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    print("4 report", *report.summary_lines(summary, run.config.algorithm), sep="\n  ")
+    try:
+        print(f"  The curves are in {report.curves(run.folder)}.")
+    except ImportError:
+        print("  No curves.png: matplotlib is not installed.")
+
+
+def ask(run: Run, prompt: str):
+    """Print the model's greedy answer to a prompt."""
+    ids = run.tokenizer.encode(prompt)
+    if not 0 < len(ids) <= MAX_PROMPT:
+        example = run.task.sample(random.Random(0)).prompt
+        raise ValueError(f"argument --ask: a prompt has 1 to {MAX_PROMPT} tokens, this one has "
+                         f"{len(ids)}; ask something like {example}")
+    rollout = moe.generate(run.model, [ids], 1, run.config.max_new_tokens, 0.0,
+                           run.tokenizer.eos_id, run.tokenizer.pad_id)
+    response = rollout.response[0].tolist()
+    cut = response[-1] != run.tokenizer.eos_id
+    text = run.tokenizer.decode(response if cut else response[:-1])
+    print(report.answer(prompt, text, cut))
+
+
+def inspect_update(run: Run, state: dict):
+    """Make all but the last optimiser step of the next RL step, in memory, and show the responses
+    of that last one: what they are to the model that has moved since it sampled them."""
+    config = run.config
+    learner = new_learner(run, state)
+    samples = sample_until_signal(run, random.Random(f"{config.seed} rl {state['step'] + 1}"))
+    rewards = samples.rewards.to(samples.rollout.logp.device)
+    experience, _ = gspo.prepare(run.model, samples.rollout, rewards, config.settings(),
+                                 learner.reference, learner.head)
+    steps = max(1, config.mini_batches - 1)
+    gspo.update(run.model, learner.optimizer, experience, config.settings(), steps)
+    when = f"after RL step {state['step']}" if state["step"] else "after the cold start"
+    title = (f"{run.folder}, {config.algorithm}: the model as it was {when} has sampled "
+             f"{config.prompts} groups and made {steps} of {config.mini_batches} optimiser steps.")
+    all_rows = torch.arange(len(experience.advantages)).view(config.prompts, -1)
+    last_rows = all_rows.tensor_split(config.mini_batches)[-1].flatten()
+    report.show_update(title, run, experience, rewards.flatten(), last_rows)
+
+
+def train(run: Run, state: dict | None, fresh: bool):
+    """The whole job, or what is left of it."""
+    if state is None:
+        state = begin(run, fresh)
+    state["options"] = dataclasses.asdict(run.config) | task_options(run.task)
+    (run.folder / "config.json").write_text(json.dumps(state["options"], indent=2) + "\n")
+    print(f"3 RL: {run.config.algorithm}, steps {state['step'] + 1} to {run.config.steps}, "
+          f"in {run.folder}")
+    rl(run, state)
+    finish(run, state)
+
+
+# ---------------------------------------------------------------------------- the command line
+
+OPTION_GROUPS = (RunOptions, ModelOptions, ColdStartOptions, RLOptions, RelativesOptions)
+# What a resumed run may do otherwise than before.
+MAY_CHANGE = ("steps", "eval_every", "save_every", "device", "threads", "out")
+
+
+def task_options(task) -> dict:
+    """The fields of a task that is a dataclass: they are options too."""
+    return dataclasses.asdict(task) if dataclasses.is_dataclass(task) else {}
+
+
+def parse(argv: list[str] | None):
+    """The command line -> config, task, what to do, and the state of the run to go on with, which
+    is None for a new run. ValueError for what cannot be done."""
+    first = Parser(add_help=False)
+    first.add_argument("--task", default=RunOptions.task)
+    Task = tasks.task_class(first.parse_known_args(argv)[0].task)   # its fields are options too
+    groups = {group.__doc__: group for group in OPTION_GROUPS}
+    groups[f"the task {Task.__module__}"] = Task
+    given = vars(parser_for(__doc__, groups).parse_args(argv))
+    todo = {name: given.pop(name) for name in ("ask", "inspect", "eval_only", "resume", "fresh")}
+    state = None
+    if todo["ask"] is not None or todo["inspect"] or todo["eval_only"] or todo["resume"]:
+        folder = Path(given.get("out") or last_run())
+        name = "cold_start.pt" if todo["inspect"] == "cold_start" else "checkpoint.pt"
+        state = load(folder / name, "name another run with --out, or start a new one")
+        for key, value in given.items():
+            if key not in MAY_CHANGE and value != state["options"].get(key):
+                raise ValueError(f"argument --{key}: this run has {state['options'].get(key)}, "
+                                 "which only a new run can change")
+        given = state["options"] | given | {"out": str(folder)}
+        Task = tasks.task_class(given["task"])
+    own = {field.name for field in dataclasses.fields(Config)}
+    config = Config(**{name: value for name, value in given.items() if name in own})
+    task = Task(**{name: value for name, value in given.items() if name not in own})
+    if config.out is None:
+        config.out = next(f"out/run-{i}" for i in itertools.count(1)
+                          if is_free(Path(f"out/run-{i}")))
+    if state is None and not is_free(Path(config.out)):
+        raise ValueError(f"argument --out: {config.out} is not empty; --resume it or name another")
+    if todo["resume"] and config.steps <= state["step"]:
+        raise ValueError(f"argument --steps: {config.out} has made {state['step']} steps already; "
+                         "ask for more")
+    return config, task, todo, state
+
+
+def build(config: Config, task, state: dict | None = None) -> Run:
+    """The tokenizer and the model, with the weights of `state` if there is one."""
     torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
-    devices = ["cpu"] + ["mps"] * torch.backends.mps.is_available() + \
-        ["cuda"] * torch.cuda.is_available()
+    devices = ["cpu"]
+    if torch.backends.mps.is_available():
+        devices.append("mps")
+    if torch.cuda.is_available():
+        devices.append("cuda")
     device = devices[-1] if config.device == "auto" else config.device
     if device not in devices:
-        fail(f"argument --device: there is no {device} here; choose from {', '.join(devices)}")
+        raise ValueError(f"argument --device: there is no {device} here; choose from "
+                         f"{', '.join(devices)}")
     tokenizer = Tokenizer()
     demonstrations.check(task, tokenizer, MAX_PROMPT, config.max_new_tokens)
-    sizes = {name: getattr(config, name) for name in vars(config) if name.startswith(("n_", "d_"))}
+    sizes = {field.name: getattr(config, field.name) for field in dataclasses.fields(ModelOptions)}
     model = moe.MoETransformer(moe.MoEConfig(
-        tokenizer.size, max_length=MAX_PROMPT + config.max_new_tokens, **sizes)).to(device)
+        len(tokenizer.tokens), max_length=MAX_PROMPT + config.max_new_tokens, **sizes)).to(device)
     if state:
         model.load_state_dict(state["model"])
-    return tokenizer, model
+    return Run(config, task, tokenizer, model, Path(config.out or ""))
 
 
-def run(config, task, todo, state, tokenizer, model):
-    """The whole job, or what is left of it."""
-    folder = Path(config.out)
-    state = state or begin(config, task, tokenizer, model, todo["fresh"])
-    state["options"] = dataclasses.asdict(config) | dataclasses.asdict(task)
-    (folder / "config.json").write_text(json.dumps(state["options"], indent=2) + "\n")
-    print(f"3 RL: {config.algorithm}, steps {state['step'] + 1} to {config.steps}, in {folder}")
-    rl(config, task, tokenizer, model, state, folder)
-    report.finish(config, state, folder)
-
-
-def main(argv=None):
+def main(argv: list[str] | None = None):
     try:
-        config, task, todo, state = parse(argv, Config, __doc__)
-        tokenizer, model = build(config, task, state)
+        config, task, todo, state = parse(argv)
+        run = build(config, task, state)
         if todo["ask"] is not None:
-            rollout = moe.generate(model, [tokenizer.encode(todo["ask"])], 1, config.max_new_tokens,
-                                   eos_id=tokenizer.end, pad_id=tokenizer.pad, greedy=True)
-            return print(todo["ask"] + tokenizer.decode(rollout.tokens[0].tolist()))
-        Path(config.out).mkdir(parents=True, exist_ok=True)
+            return ask(run, todo["ask"])
+        run.folder.mkdir(parents=True, exist_ok=True)
+    except BrokenPipeError:
+        raise
     except (ValueError, OSError, RuntimeError, TypeError) as error:     # nothing has begun yet
-        fail(" ".join(f"{error}".split()))
+        fail(error)
     if todo["eval_only"]:
-        return report.show(*evaluate(config, task, tokenizer, model))
+        return report.show(*evaluate(run))
     if todo["inspect"]:
-        return inspect_update(config, task, tokenizer, model, state)
+        return inspect_update(run, state)
     try:
-        run(config, task, todo, state, tokenizer, model)
+        train(run, state, todo["fresh"])
     except KeyboardInterrupt:
         print("stopped at once; --resume goes on from the last checkpoint, if this run has one yet")
         sys.exit(130)
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+        sys.stdout.flush()
+    except BrokenPipeError:         # whoever read the output, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)

@@ -12,18 +12,19 @@
                            = product; the next rest is the difference    24/6=4*6=24,4-4=0
                            of the last digits, because it is below 10
 
-Steps are cut so small that each is a fact of a few digits which nearly always other problems share.
+Each step is a fact of a few digits, small enough that other problems nearly always share it.
 
-The teacher thinks in a part of its demonstrations, slips at a step now and then (the slip is
-carried on to the answer) and answers at once with a guess that may be wrong. Whoever imitates it
-perfectly is as often right as the teacher: the ceiling of imitation, which RL is to go past.
+The teacher thinks in a part of its demonstrations. It slips at a step now and then, and carries the
+slip on to the answer. When it does not think, it guesses, and the guess may be wrong. A model that
+imitates it perfectly is right as often as the teacher: imitation ends there, and RL goes past it.
 
-A task is any class `Task` with three methods: `sample(rng)` gives a problem with a `prompt`,
-`demonstrate(problem, rng)` a response to imitate, `reward(problem, response)` a number.
-`held_out()`, problems that `sample` never gives, is optional.   Run: python data/arithmetic.py
+What a task needs is said in data/tasks.py. To see problems and responses: python data/arithmetic.py
 """
 import hashlib
+import itertools
+import os
 import random
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -52,51 +53,75 @@ def random_problem(op, digits, rng, held_out=False):
     while True:
         a = random_number(digits, rng)
         if op in "+-":
-            b = random_number(rng.randint(1, digits), rng)
-            a, b = max(a, b), min(a, b)
+            other = random_number(rng.randint(1, digits), rng)
+            b = min(a, other)
+            a = max(a, other)
         else:
             b = rng.randint(1, 9)
-            a -= a % b if op == "/" else 0          # exact; may lose a digit: 11/6 -> 6/6
-        if op == "+" and rng.random() < 0.5:
-            a, b = b, a
-        if is_held_out(op, a, b) == held_out and len(str(max(a, b))) == digits:
-            answer = a + b if op == "+" else a - b if op == "-" else a * b if op == "*" else a // b
-            return Problem(f"{a}{op}{b}=", str(answer), f"{op}{digits}")
+        if op == "/":
+            a -= a % b                      # exact; this may lose a digit: 11/6 becomes 6/6
+        operands = (b, a) if op == "+" and rng.random() < 0.5 else (a, b)
+        if len(str(max(operands))) == digits and is_held_out(op, a, b) == held_out:
+            left, right = operands
+            return Problem(f"{left}{op}{right}=", str(calculate(op, left, right)), f"{op}{digits}")
+
+
+def calculate(op, a, b):
+    if op == "+":
+        return a + b
+    if op == "-":
+        return a - b
+    if op == "*":
+        return a * b
+    return a // b
 
 
 def work(op, a, b, slip):
     """The steps of a calculation and its result; `slip(value, n)` may give a wrong one below n."""
-    steps, result, carry = [], "", 0
-    if op == "/":                                       # the high digit first, carry is the rest
-        for digit in str(a):
-            top = 10 * carry + int(digit)
-            quotient = slip(min(top // b, 9), 10)       # above 9 only after a slip
-            product = quotient * b
-            carry = (top - product) % 10
-            steps.append(f"{top}/{b}={quotient}*{b}={product},{top % 10}-{product % 10}={carry}")
-            result += str(quotient)
-        return steps, int(result)
-    for i in range(len(str(a)) if op == "*" else max(len(str(a)), len(str(b)))):
-        x, y = a // 10 ** i % 10, b // 10 ** i % 10     # the low digit first
+    if op == "/":
+        return divide(a, b, slip)
+    steps = []
+    result = ""
+    carry = 0
+    n_digits = len(str(a)) if op == "*" else max(len(str(a)), len(str(b)))
+    for i in range(n_digits):                           # the low digit first
+        x = a // 10 ** i % 10
+        y = b // 10 ** i % 10
         if op == "+":
             total = slip(x + y + carry, 20)
             steps.append(f"{x}+{y}+{carry}={total}")
-            carry, digit = divmod(total, 10)
+            carry = total // 10
         elif op == "-":
             total = slip(10 + x - y - carry, 20)        # 1 is always borrowed, and left if unused
             steps.append(f"1{x}-{y}-{carry}={total}")
-            carry, digit = int(total < 10), total % 10
+            carry = int(total < 10)
         else:
             total = slip(x * b + carry, 90)
             steps.append(f"{x}*{b}={x * b}+{carry}={total}")
-            carry, digit = divmod(total, 10)
-        result = f"{digit}{result}"
+            carry = total // 10
+        result = f"{total % 10}{result}"
     return steps, int(result if op == "-" else f"{carry}{result}")
+
+
+def divide(a, b, slip):
+    """The steps of a division and its result; the rest is carried from the high digit down."""
+    steps = []
+    result = ""
+    rest = 0
+    for digit in str(a):
+        top = 10 * rest + int(digit)
+        quotient = slip(min(top // b, 9), 10)           # above 9 only after a slip
+        product = quotient * b
+        rest = (top - product) % 10
+        steps.append(f"{top}/{b}={quotient}*{b}={product},{top % 10}-{product % 10}={rest}")
+        result += str(quotient)
+    return steps, int(result)
 
 
 @dataclass
 class Task:
-    # These become command-line options. Of such a teacher's answers 0.78 are right.
+    """The fields become options of the command line. A teacher with these is right 0.78 of the
+    time."""
     max_digits: int = field(default=3, metadata={
         "help": "operands have 1 to this many digits", "low": 1, "high": 9})
     think: float = field(default=0.4, metadata={
@@ -107,27 +132,30 @@ class Task:
         "help": "chance that an answer given at once is wrong", "low": 0, "high": 1})
 
     def sample(self, rng):
-        """A random problem, never a held-out one. The harder come more often: 3 digits three times
-        as often as 1, division twice as often as the others."""
+        """A random problem, never a held-out one. The harder ones come more often: 3 digits three
+        times as often as 1, division twice as often as each other operation."""
         digits = range(1, self.max_digits + 1)
         return random_problem(rng.choice("+-*//"), rng.choices(digits, digits)[0], rng)
 
     def held_out(self, per_kind=40):
-        """The fixed test set: as many problems of every operation and number of digits.
+        """The fixed test set: `per_kind` problems of each operation and number of digits.
 
-        There are few one-digit problems to hold out (4 subtractions, 8 divisions), so that each
-        of them stands in it several times."""
+        There are few one-digit problems to hold out (4 subtractions, 8 divisions), so each of these
+        stands in it several times."""
         rng = random.Random("held out")
-        return [random_problem(op, digits, rng, held_out=True) for op in OPERATIONS
-                for digits in range(1, self.max_digits + 1) for _ in range(per_kind)]
+        kinds = itertools.product(OPERATIONS, range(1, self.max_digits + 1), range(per_kind))
+        return [random_problem(op, digits, rng, held_out=True) for op, digits, _ in kinds]
 
     def demonstrate(self, problem, rng, think=None):
-        """The teacher's response, right or wrong; `think` settles whether it thinks."""
+        """The teacher's response, right or wrong; `think` decides whether it thinks."""
         def slip(value, n):
-            return rng.choice([v for v in range(n) if v != value]) if rng.random() < self.slip \
-                else value
+            if rng.random() >= self.slip:
+                return value
+            return rng.choice([wrong for wrong in range(n) if wrong != value])
 
-        if think if think is not None else rng.random() < self.think:
+        if think is None:
+            think = rng.random() < self.think
+        if think:
             op = problem.kind[0]
             a, b = map(int, problem.prompt[:-1].split(op))
             steps, result = work(op, a, b, slip)
@@ -142,7 +170,7 @@ class Task:
     def reward(self, problem, response):
         """1.0 if what follows the thinking is the answer, digit for digit, else 0.0.
 
-        Any text gets a number in one pass: text is compared with text, nothing is evaluated."""
+        Any text gets a number in one pass: it is compared as text, nothing is evaluated."""
         thinking, closed, answer = response.rpartition("</think>")
         if closed and not thinking.startswith("<think>"):
             return 0.0
@@ -150,26 +178,34 @@ class Task:
         return float(answer == problem.answer and not nested)
 
 
+def share_right(task, problems, rng):
+    return sum(task.reward(p, task.demonstrate(p, rng)) for p in problems) / len(problems)
+
+
 def main():
-    task, rng = Task(), random.Random(0)
-    kinds = [(op, digits) for op in OPERATIONS for digits in range(1, task.max_digits + 1)]
+    task = Task()
+    rng = random.Random(0)
+    kinds = list(itertools.product(OPERATIONS, range(1, task.max_digits + 1)))
     print("prompt   at once   worked")
     for op, digits in kinds:
         problem = random_problem(op, digits, rng)
-        at_once, worked = (task.demonstrate(problem, rng, think) for think in (False, True))
+        at_once = task.demonstrate(problem, rng, think=False)
+        worked = task.demonstrate(problem, rng, think=True)
         print(f"{problem.prompt:9}{at_once:10}{worked}")
     print("\nHow often the teacher is right (it thinks in "
           f"{task.think:.0%} of its demonstrations, slips at {task.slip:.0%} of the steps and "
           f"guesses wrong {task.guess:.0%} of the time)")
     for op, digits in kinds:
         problems = [random_problem(op, digits, rng) for _ in range(3000)]
-        right = sum(task.reward(p, task.demonstrate(p, rng)) for p in problems) / len(problems)
-        print(f"    {op} {digits} digit{'s'[:digits > 1]:2} {right:.3f}")
+        unit = "digit" if digits == 1 else "digits"
+        print(f"    {op} {digits} {unit:6} {share_right(task, problems, rng):.3f}")
     problems = [task.sample(rng) for _ in range(10_000)]
-    right = sum(task.reward(p, task.demonstrate(p, rng)) for p in problems) / len(problems)
-    print(f"    all        {right:.3f}")
+    print(f"    all        {share_right(task, problems, rng):.3f}")
     print("\nvocabulary  ", *(Path(__file__).parent / "vocabulary.txt").read_text().split())
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except BrokenPipeError:         # whoever read this, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -7,18 +7,22 @@ from torch.nn.utils.rnn import pad_sequence
 
 
 def demonstrations(task, tokenizer, rng, n=3000):
-    """n pairs (prompt, response) of token lists; ValueError if a character has no token."""
+    """n pairs (prompt, response) of lists of token ids, the response with its end token.
+    ValueError, naming the character, for one that has no token."""
     examples = []
     for _ in range(n):
         problem = task.sample(rng)
-        response = tokenizer.encode(task.demonstrate(problem, rng)) + [tokenizer.end]
-        examples.append((tokenizer.encode(problem.prompt), response))
+        prompt = tokenizer.encode(problem.prompt)
+        response = tokenizer.encode(task.demonstrate(problem, rng)) + [tokenizer.eos_id]
+        examples.append((prompt, response))
     return examples
 
 
 def check(task, tokenizer, max_prompt, max_response):
-    """ValueError if the model has no room for what the teacher says; RL could not sample it."""
+    """ValueError if the model has no room for what the task asks or the teacher says."""
     for prompt, response in demonstrations(task, tokenizer, random.Random("check")):
+        if not prompt:
+            raise ValueError("the task gave an empty prompt; it needs at least one character")
         if len(prompt) > max_prompt:
             raise ValueError(f"a prompt of {len(prompt)} tokens is too long, {max_prompt} are the "
                              f"limit: {tokenizer.decode(prompt)}")
@@ -27,35 +31,48 @@ def check(task, tokenizer, max_prompt, max_response):
                              f"{len(response)} at {tokenizer.decode(prompt)!r}; raise it")
 
 
-def batches(task, tokenizer, seed, max_tokens):
-    """Endless batches [(prompt, response), ...] of token lists, `<end>` included.
+def length(example):
+    prompt, response = example
+    return len(prompt) + len(response)
 
-    Examples of similar length stand together, so that a batch of at most `max_tokens` is nearly
-    free of padding."""
+
+def batches(task, tokenizer, seed, max_tokens):
+    """Endless batches of at most `max_tokens` real tokens: lists of pairs (prompt, response).
+
+    Examples of similar length stand together, so that a batch has little padding."""
     for pool in itertools.count():
         rng = random.Random(f"{seed} demonstrations {pool}")
         examples = demonstrations(task, tokenizer, rng)
-        examples.sort(key=lambda example: len(example[0] + example[1]))
-        cut = [[]]
+        examples.sort(key=length)
+        pool_batches = [[]]
+        room = max_tokens
         for example in examples:
-            # The newest example is the longest of its batch: all rows are padded to its length.
-            if cut[-1] and (len(cut[-1]) + 1) * len(example[0] + example[1]) > max_tokens:
-                cut.append([])
-            cut[-1].append(example)
-        rng.shuffle(cut)
-        yield from cut
+            if pool_batches[-1] and length(example) > room:
+                pool_batches.append([])
+                room = max_tokens
+            pool_batches[-1].append(example)
+            room -= length(example)
+        rng.shuffle(pool_batches)
+        yield from pool_batches
 
 
-def collate(batch, device):
-    """A batch of b examples -> tokens (b, T), keep (b, T), target (M,).
+def collate(batch, pad_id, device):
+    """A batch of b pairs -> tokens (b, S), mask (b, S), and T, the columns of the responses: the
+    rectangle of moe.Rollout.
 
-    `keep` is True where the *next* token belongs to the response, `target` holds those tokens:
-
-        prompt 3 10, response 7 9      tokens  3 10 7 9      keep  0 1 1 0      target 7 9
+        prompt 3 10, response 7 9          tokens   .  3 10 |  7  9      mask   . x x | x x
+        prompt 4 5 10, response 8 9                 4  5 10 |  8  9             x x x | x x
     """
-    tokens = [torch.tensor(prompt + response) for prompt, response in batch]
-    keep = [torch.tensor([False] * (len(prompt) - 1) + [True] * len(response) + [False])
-            for prompt, response in batch]
-    target = torch.cat([torch.tensor(response) for _, response in batch])
-    tokens, keep = (pad_sequence(rows, batch_first=True) for rows in (tokens, keep))
-    return tokens.to(device), keep.to(device), target.to(device)
+    prompts = [torch.tensor(prompt) for prompt, _ in batch]
+    responses = [torch.tensor(response) for _, response in batch]
+    tokens = rectangle(prompts, responses, pad_id)
+    mask = rectangle(map(torch.ones_like, prompts), map(torch.ones_like, responses), 0).bool()
+    return tokens.to(device), mask.to(device), max(map(len, responses))
+
+
+def rectangle(lefts, rights, padding_value):
+    """Two lists of 1-D tensors, row by row -> the left ones padded on the left, then the right ones
+    padded on the right."""
+    left = pad_sequence(list(lefts), True, padding_value, padding_side="left")
+    right = pad_sequence(list(rights), True, padding_value)
+    return torch.cat((left, right), dim=1)

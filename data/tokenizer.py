@@ -13,24 +13,26 @@ import tiktoken
 
 class Tokenizer:
     def __init__(self, path=Path(__file__).parent / "vocabulary.txt"):
-        lines = Path(path).read_text(encoding="utf-8").split()
-        special = {token: i for i, token in enumerate(lines) if len(token) > 1}
-        characters = {token.encode(): i for i, token in enumerate(lines) if len(token) == 1}
-        self.encoding = tiktoken.Encoding("small", pat_str=r"(?s:.)", mergeable_ranks=characters,
-                                          special_tokens=special)
-        self.end, self.pad, self.size = special["<end>"], special["<pad>"], len(lines)
-        self.known, self.tokens = {t for t in lines if len(t) == 1}, lines
-        self.special = "|".join(map(re.escape, special))
+        self.tokens = Path(path).read_text(encoding="utf-8").split()
+        special = {token: i for i, token in enumerate(self.tokens) if len(token) > 1}
+        characters = {token: i for i, token in enumerate(self.tokens) if len(token) == 1}
+        self.encoding = tiktoken.Encoding(
+            "small", pat_str=r"(?s:.)", special_tokens=special,
+            mergeable_ranks={token.encode(): i for token, i in characters.items()})
+        self.eos_id = special["<end>"]
+        self.pad_id = special["<pad>"]
+        self.characters = set(characters)
+        self.special_pattern = "|".join(map(re.escape, special))
 
-    def encode(self, text):
-        """Text -> list of ids. ValueError, naming the character, if one has no token."""
+    def encode(self, text: str) -> list[int]:
+        """Text -> token ids. ValueError, naming the character, for one that has no token."""
         # Checked first, because tiktoken panics on a byte that it does not know.
-        for character in re.sub(self.special, "", text):
-            if character not in self.known:
+        for character in re.sub(self.special_pattern, "", text):
+            if character not in self.characters:
                 raise ValueError(f"{character!r} in {text!r} is not in the vocabulary; "
-                                 f"use {' '.join(sorted(self.known))}")
+                                 f"use {' '.join(sorted(self.characters))}")
         return self.encoding.encode(text, allowed_special="all")
 
-    def decode(self, ids):
-        """Ids -> text, special tokens spelled out."""
+    def decode(self, ids: list[int]) -> str:
+        """Token ids -> text, special tokens spelled out."""
         return self.encoding.decode(ids)

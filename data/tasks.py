@@ -1,0 +1,45 @@
+"""What a task is, and how the trainer asks one for what it needs.
+
+A task is a file `data/NAME.py` with a class `Task`, a dataclass or not, that has three methods:
+
+    sample(rng)                    -> a problem: any object with a text `problem.prompt`
+    demonstrate(problem, rng)      -> a response to imitate, right or wrong: a text
+    reward(problem, response)      -> a number, for any text `response`
+
+`rng` is a random.Random, the only source of chance. Two things are optional:
+
+    held_out()                     -> a list of problems that `sample` never gives, for evaluation
+    problem.kind                   a short text such as "+3", for a table of accuracies: a line for
+                                   each first character, a column for each of its kinds
+
+If the class is a dataclass, its fields become options of the command line. Every character of a
+prompt or a demonstration must be in data/vocabulary.txt.
+"""
+import importlib.util
+import random
+
+METHODS = ("sample", "demonstrate", "reward")
+
+
+def task_class(name: str) -> type:
+    """The class Task of data/NAME.py. ValueError if there is none, or a method is missing."""
+    if not name.isidentifier() or importlib.util.find_spec(f"data.{name}") is None:
+        raise ValueError(f"task {name!r} does not exist; write data/{name or 'NAME'}.py with a "
+                         "class Task, as data/tasks.py says")
+    Task = getattr(importlib.import_module(f"data.{name}"), "Task", None)
+    if Task is None:
+        raise ValueError(f"task {name!r}: data/{name}.py has no class Task; data/tasks.py says what "
+                         "it needs")
+    missing = [method for method in METHODS if not callable(getattr(Task, method, None))]
+    if missing:
+        raise ValueError(f"task {name!r}: its class Task lacks {' and '.join(missing)}; "
+                         "data/tasks.py says what it needs")
+    return Task
+
+
+def held_out_problems(task) -> list:
+    """The task's held-out problems. If it has none: 400 problems as in training, some of which the
+    training may draw too."""
+    if hasattr(task, "held_out"):
+        return task.held_out()
+    return [task.sample(random.Random(f"held out {i}")) for i in range(400)]

@@ -1,0 +1,263 @@
+"""What a run shows to the person who watches it: its lines, its words, its samples, its curves.
+
+    python -m lab.report out/run-1        draws out/run-1/curves.png again
+    python -m lab.report out/run-1 2      only its first two panels, as out/run-1/curves-2.png
+"""
+import csv
+import json
+import sys
+from pathlib import Path
+
+from lab.inspection import paint, show_update       # train.py finds the page of --inspect here too
+
+# Metrics that gspo.update gives for each layer.
+LAYERED = ("expert_change", "expert_load", "router_entropy")
+HEADER = ("  step  reward  held-out  think  length   clip  no signal       kl  entropy  gradient"
+          "  experts  tokens/s    left")
+
+
+def clock(seconds):
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02}"
+
+
+def mean(values):
+    values = list(values)
+    return sum(values) / len(values) if values else 0.0
+
+
+def read_table(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+# ---------------------------------------------------------------------------- numbers
+
+def means(updates):
+    """The mean of each metric over the optimiser steps of an RL step, and over the layers where
+    each layer has one."""
+    result = {}
+    for name in updates[0] if updates else ():
+        values = [update[name] for update in updates]
+        result[name] = mean(map(mean, values) if name in LAYERED else values)
+    return result
+
+
+def thinks(response):
+    return response.text is not None and response.text.startswith("<think>")
+
+
+def response_metrics(responses):
+    """Reward and length of all responses, of those that think and that answer at once, of right and
+    wrong ones. A response that was cut neither thinks nor answers at once."""
+    thinking = [r for r in responses if thinks(r)]
+    kinds = {
+        "": responses,
+        "_thinking": thinking,
+        "_direct": [r for r in responses if r.text is not None and not thinks(r)],
+        "_right": [r for r in responses if r.reward > 0],
+        "_wrong": [r for r in responses if r.reward <= 0],
+    }
+    metrics = {
+        "responses": len(responses),
+        "think": len(thinking) / len(responses),
+        "truncated": mean(r.text is None for r in responses),
+    }
+    for kind, chosen in kinds.items():
+        if chosen:
+            metrics[f"reward{kind}"] = mean(r.reward for r in chosen)
+            metrics[f"length{kind}"] = mean(r.length for r in chosen)
+    return metrics
+
+
+def evaluation(sampled, greedy):
+    """Responses to held-out problems -> numbers."""
+    metrics = response_metrics(sampled)
+    rewards_of_kind = {}
+    for response in sampled:
+        kind = getattr(response.problem, "kind", "all")
+        rewards_of_kind.setdefault(kind, []).append(response.reward)
+    return {
+        "accuracy": metrics["reward"],
+        "accuracy_greedy": mean(r.reward for r in greedy),
+        "think_share": metrics["think"],
+        "accuracy_thinking": metrics.get("reward_thinking", 0.0),
+        "length": metrics["length"],
+        "kinds": {kind: mean(rewards) for kind, rewards in rewards_of_kind.items()},
+    }
+
+
+def peak_memory_mib():
+    """The most memory that this process has had; None on Windows, which does not tell."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak // (2 ** 20 if sys.platform == "darwin" else 2 ** 10)
+
+
+# ---------------------------------------------------------------------------- words
+
+def print_row(row, accuracy, left):
+    """The line of an RL step under HEADER: `accuracy` of the last evaluation, seconds `left`."""
+    def get(name):
+        return row.get(name, 0.0)       # a step in which no group has a signal has no ratios
+    print(f"{row['step']:6}{row['reward']:8.3f}{accuracy:10.3f}{row['think']:7.2f}"
+          f"{row['length']:8.1f}{get('clip_low') + get('clip_high'):7.3f}{row['no_signal']:11.2f}"
+          f"{get('kl'):9.1e}{get('entropy'):9.3f}{get('grad_norm'):10.3f}"
+          f"{get('expert_change'):9.4f}{row['tokens_per_second']:10.0f}{clock(left):>8}",
+          flush=True)
+
+
+def evaluation_lines(result):
+    """A held-out evaluation in words; then a line for each operation, a column for each number of
+    digits."""
+    yield (f"held-out accuracy {result['accuracy']:.3f} sampled, {result['accuracy_greedy']:.3f} "
+           f"greedy; {result['length']:.1f} tokens a response")
+    yield (f"{result['think_share']:.0%} of the responses think, and of these "
+           f"{result['accuracy_thinking']:.0%} are right")
+    for operation in dict.fromkeys(kind[:1] for kind in result["kinds"]):
+        cells = [f"{kind:>4} {accuracy:.2f}" for kind, accuracy in result["kinds"].items()
+                 if kind[:1] == operation]
+        yield "   ".join(cells)
+
+
+def sample_lines(responses, n=5):
+    """A few right and a few wrong responses, at most one to a problem."""
+    for name, wanted in (("right", True), ("wrong", False)):
+        text_of = {r.problem.prompt: r.text for r in responses if (r.reward > 0) == wanted}
+        for prompt in list(text_of)[::len(text_of) // n + 1]:
+            text = text_of[prompt]
+            yield f"{name}   {prompt}{'(cut before its end)' if text is None else text}"
+
+
+def show(result, responses, path=None, title=""):
+    """Print an evaluation; with a `path` (samples.txt), add it to that file as well."""
+    lines = [f"  {line}" for line in evaluation_lines(result)]
+    lines += [f"  {line}" for line in sample_lines(responses)]
+    print(*lines, sep="\n")
+    if path:
+        with open(path, "a") as file:
+            print(title, *lines, sep="\n", end="\n\n", file=file)
+
+
+def answer(prompt, text, cut):
+    """The model's answer as --ask shows it: on a terminal the thinking is dim and the answer bold;
+    into a pipe it is the bare text."""
+    if not sys.stdout.isatty():
+        return prompt + text
+    thinking, closed, rest = text.rpartition("</think>")
+    note = "  (cut: it had not ended after as many tokens as --max_new_tokens)" if cut else ""
+    return prompt + paint(thinking + closed, "dim") + paint(rest, "bold") + note
+
+
+def summary_lines(s, algorithm):
+    """summary.json in words."""
+    yield f"The teacher is right {s['accuracy_teacher']:.1%} of the time."
+    yield (f"Imitating it, the model was right {s['accuracy_cold_start']:.1%} of the time on test "
+           f"problems; it thought in {s['think_share_cold_start']:.0%} of its responses.")
+    yield (f"{s['steps']} steps of RL with {algorithm} took it to {s['accuracy']:.1%} "
+           f"({s['accuracy_greedy']:.1%} greedy), thinking in {s['think_share']:.0%}.")
+    yield (f"That took {clock(s['seconds'])} minutes, {clock(s['seconds_cold_start'])} of them the "
+           f"cold start, and {s['peak_memory_mib']} MiB of memory.")
+
+
+# ---------------------------------------------------------------------------- curves
+
+def line(rows, *columns):
+    """Rows of a table -> [(step, sum of the columns), ...], without the rows that lack one."""
+    full = [row for row in rows if all(row.get(column) for column in columns)]
+    return [(int(row["step"]), sum(float(row[column]) for column in columns)) for row in full]
+
+
+def lines(rows, *columns):
+    return {column: line(rows, column) for column in columns}
+
+
+def layer_lines(rows, name):
+    """A line for each layer of a metric in updates.csv."""
+    columns = [column for column in (rows[0] if rows else ()) if column.startswith(f"{name}_")]
+    return {column.replace(f"{name}_", "layer "): line(rows, column) for column in columns}
+
+
+def clip_lines(updates):
+    """A line for each mini-batch: the share of its tokens that are clipped."""
+    result = {}
+    for number in sorted({int(row["mini_batch"]) for row in updates}):
+        rows = [row for row in updates if int(row["mini_batch"]) == number]
+        result[f"mini-batch {number}"] = line(rows, "clip_low", "clip_high")
+    return result
+
+
+def panels(metrics, updates):
+    """Rows of metrics.csv and updates.csv -> {title of a panel: {line: [(step, value), ...]}}."""
+    return {
+        "reward and held-out accuracy": lines(metrics, "reward", "accuracy"),
+        "share that thinks, and reward with and without":
+            lines(metrics, "think", "reward_thinking", "reward_direct"),
+        "length of a response, tokens": lines(metrics, "length", "length_right", "length_wrong"),
+        "share of tokens clipped": clip_lines(updates),
+        "spread of the log-ratios: tokens, sequences": lines(metrics, "log_w_std", "log_s_std"),
+        "share of active experts changed": layer_lines(updates, "expert_change"),
+        "load of the busiest expert (1: even)": layer_lines(updates, "expert_load"),
+        "entropy (nats) and groups without signal": lines(metrics, "entropy", "no_signal"),
+    }
+
+
+def smooth(points, width):
+    """The mean of each value with those before it, `width` in all: single steps are noisy."""
+    values = [value for _, value in points]
+    return [(step, mean(values[max(0, i + 1 - width):i + 1])) for i, (step, _) in enumerate(points)]
+
+
+def draw_panel(axis, title, named_lines, summary):
+    """One panel; `summary` has the accuracies of the teacher and of the cold start."""
+    from matplotlib import pyplot as plt
+    ordered = any(name.startswith(("layer", "mini-batch")) for name in named_lines)
+    for i, (name, points) in enumerate(named_lines.items()):
+        style = {"label": name, "lw": 1.3}
+        if ordered:
+            style["color"] = plt.cm.viridis(i / max(1, len(named_lines) - 1) * 0.9)
+        if name == "accuracy":          # a few points, the first from before the first step
+            points = [(0, summary["accuracy_cold_start"]), *points]
+            style["marker"] = "o"
+            axis.axhline(summary["accuracy_teacher"], color="gray", ls="--", label="teacher")
+        else:
+            points = smooth(points, 40 if name.startswith("layer") else 10)
+        axis.plot([step for step, _ in points], [value for _, value in points], **style)
+    axis.set_title(title, fontsize=10)
+    axis.set_xlabel("RL step")
+    axis.set_ylim(bottom=0)
+    axis.grid(alpha=0.3)
+    if named_lines:
+        axis.legend(fontsize=8)
+
+
+def curves(folder, n_panels=8):
+    """The tables of a run -> curves.png, and its path. ImportError without matplotlib."""
+    import matplotlib
+    matplotlib.use("Agg")       # no window, no display needed
+    from matplotlib import pyplot as plt
+    folder = Path(folder)
+    config = json.loads((folder / "config.json").read_text())
+    summary = json.loads((folder / "summary.json").read_text())
+    drawn = panels(read_table(folder / "metrics.csv"), read_table(folder / "updates.csv"))
+    columns = min(n_panels, 4)
+    rows = -(-n_panels // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(4 * columns, 3.25 * rows), squeeze=False,
+                                layout="constrained")
+    for axis, (title, named_lines) in zip(axes.flat, drawn.items()):
+        draw_panel(axis, title, named_lines, summary)
+    figure.suptitle(f"{config['algorithm']}, seed {config['seed']}, routing replay "
+                    f"{config['routing_replay']}; lines are means over 10 steps")
+    path = folder / ("curves.png" if n_panels == 8 else f"curves-{n_panels}.png")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return path
+
+
+if __name__ == "__main__":
+    if len(sys.argv) in (2, 3):
+        print(curves(sys.argv[1], *map(int, sys.argv[2:])))
+    else:
+        print(__doc__)

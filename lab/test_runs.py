@@ -1,0 +1,366 @@
+"""Whole runs and the command line, as executable statements."""
+import csv
+import os
+import re
+import signal
+import subprocess
+import sys
+from dataclasses import fields
+from math import nan
+from pathlib import Path
+
+import pytest
+import torch
+
+import gspo
+import moe
+import train as train_py
+from data import arithmetic
+
+HOUSE = Path(__file__).parent.parent
+SHORT = ("--cold_steps", "30", "--cold_tokens", "400", "--prompts", "4", "--group_size", "4",
+         "--max_digits", "1", "--threads", "1", "--steps")
+RUN_FILES = {"config.json", "metrics.csv", "updates.csv", "summary.json", "samples.txt",
+             "cold_start.pt", "checkpoint.pt", "curves.png"}
+
+
+@pytest.fixture
+def train(tmp_path, monkeypatch):
+    """A function that calls train.main in an empty folder -> its exit code."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments):
+        try:
+            return train_py.main(arguments) or 0
+        except SystemExit as stop:
+            return stop.code
+    return run
+
+
+def metrics(folder, names=("step", "reward", "loss", "grad_norm", "entropy", "accuracy")):
+    with open(f"{folder}/metrics.csv") as file:
+        return [[row[name] for name in names] for row in csv.DictReader(file)]
+
+
+def interrupt_at(call, monkeypatch):
+    """Press Ctrl-C while gspo.update runs for the `call`-th time."""
+    update = gspo.update
+    calls = []
+
+    def interrupted(*arguments):
+        calls.append(arguments)
+        if len(calls) == call:
+            signal.raise_signal(signal.SIGINT)
+        return update(*arguments)
+    monkeypatch.setattr(gspo, "update", interrupted)
+
+
+# ------------------------------------------------------------------------------------ a run
+
+@pytest.mark.parametrize("options", [
+    (),
+    ("--algorithm", "ppo"),
+    ("--kl_coef", "0.1", "--routing_replay", "r2"),
+], ids=" ".join)
+def test_a_resumed_run_equals_one_that_was_never_interrupted(train, monkeypatch, options):
+    whole = (*SHORT, "6", "--out", "whole", "--eval_every", "4", *options)
+    parts = (*SHORT, "6", "--out", "parts", "--eval_every", "4", "--fresh", *options)
+    assert train(*whole) == 0
+    with monkeypatch.context() as patch:
+        interrupt_at(3, patch)
+        assert train(*parts) == 130
+    assert len(metrics("parts")) == 3
+    assert train("--resume", "--out", "parts") == 0
+    assert metrics("parts") == metrics("whole")
+    assert Path("parts/updates.csv").read_text() == Path("whole/updates.csv").read_text()
+    weights = [torch.load(f"{name}/checkpoint.pt", weights_only=True)["model"]
+               for name in ("whole", "parts")]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert {path.name for path in Path("parts").iterdir()} == RUN_FILES
+
+
+def test_resume_makes_more_steps_but_no_other_run(train):
+    assert train(*SHORT, "2") == 0
+    assert train("--resume", "--lr", "0.1") == 2            # another run
+    assert train("--resume") == 2                           # nothing left to do
+    assert train("--resume", "--steps", "3") == 0
+    assert len(metrics("out/run-1")) == 3
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_leaves_a_folder_to_use(
+        train, monkeypatch):
+    def killed(*arguments):
+        raise KeyboardInterrupt
+    with monkeypatch.context() as patch:
+        patch.setattr(train_py, "rl", killed)
+        assert train(*SHORT, "2") == 130
+        assert train(*SHORT, "2", "--out", "mine") == 130
+    assert Path("out/run-1/samples.txt").exists()
+    assert train(*SHORT, "2") == 0
+    assert train(*SHORT, "2", "--out", "mine") == 0
+    assert metrics("out/run-1") == metrics("mine")
+    assert not Path("out/run-2").exists()
+
+
+def test_the_reward_rises_in_a_miniature_run_past_that_of_the_teacher(train):
+    assert train("--max_digits", "1", "--think", "0", "--guess", "0.5", "--cold_steps", "250",
+                 "--steps", "25", "--lr", "1e-3", "--threads", "1") == 0
+    rewards = [float(reward) for reward, in metrics("out/run-1", ["reward"])]
+    assert sum(rewards[:5]) / 5 < 0.6
+    assert sum(rewards[-5:]) / 5 > 0.7
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(train, monkeypatch):
+    monkeypatch.setattr(gspo, "group_advantages", lambda rewards, scale: rewards * 0 + nan)
+    message = train(*SHORT, "5")
+    assert "step 1:" in message
+    assert "out/run-1/checkpoint.pt" in message
+    assert train("--eval_only") == 0
+    assert train("--ask", "4+4=") == 0
+
+
+# ------------------------------------------------------------------------------------ one RL step
+
+class Odd(arithmetic.Task):
+    """A task in which an untrained model has something to learn: responses of odd length."""
+    def reward(self, problem, response):
+        return len(response) % 2
+
+
+def odd_run(**options):
+    config = train_py.Config(**{"threads": 1, "lr": 0.003} | options)
+    return train_py.build(config, Odd())
+
+
+@pytest.mark.parametrize("options", [
+    *[{"algorithm": name} for name in gspo.ALGORITHMS],
+    {"recompute_logp_old": True, "overlong": 9},
+    {"routing_replay": "r2"},
+    {"routing_replay": "r3"},
+    {"prompts": 3, "algorithm": "dr_grpo"},
+    {"sampler": "bfloat16"},
+    {"sampler": "bfloat16", "recompute_logp_old": True},
+    {"sampler": "bfloat16", "algorithm": "gspo_token", "correction": "icepop"},
+], ids=str)
+def test_every_algorithm_and_every_way_of_routing_trains(options):
+    run = odd_run(**{"prompts": 8, "group_size": 4} | options)
+    learner = train_py.new_learner(run, {})
+    before = [p.clone() for p in run.model.parameters()]
+    for step in (1, 2):
+        row, updates = train_py.rl_step(run, learner, step)
+        assert 0 < row["grad_norm"] < 1000
+        first = updates[0]
+        # In the first mini-batch all ratios are 1, unless the sampler computed otherwise.
+        coarse = options == {"sampler": "bfloat16"}
+        assert first["mini_batch"] > 0 or (first["log_w_std"] > 1e-3) == coarse
+    assert all((p != q).any() for p, q in zip(before, run.model.parameters()))
+    assert (row["expert_change"] == 0) == ("routing_replay" in options)
+    assert learner.head is None or (learner.head.weight != 0).any()
+
+
+def test_the_overlong_penalty_of_dapo():
+    lengths = torch.tensor([80, 81, 90, 100, 101])
+    penalty = train_py.overlong_penalty(lengths, 100, 20)
+    assert penalty.tolist() == pytest.approx([0, -0.05, -0.5, -1, -1])
+    assert train_py.overlong_penalty(lengths, 100, 0).tolist() == [0] * 5
+
+
+def test_dynamic_sampling_goes_on_until_every_group_has_a_signal():
+    run = odd_run(dynamic_sampling=True, sampling_rounds=99, group_size=2)
+    samples = train_py.sample_until_signal(run, train_py.random.Random(0))
+    assert (samples.rewards[:, 0] != samples.rewards[:, 1]).all()
+    assert samples.rewards.shape == (32, 2)
+    assert len(samples.responses) > 64
+    # Each row still has the reward of its own response.
+    texts = [(r.text, r.reward) for r in samples.responses]
+    for ids, n, reward in zip(samples.rollout.response.tolist(), samples.rollout.lengths,
+                              samples.rewards.flatten().tolist()):
+        ended = ids[n - 1] == run.tokenizer.eos_id
+        text = run.tokenizer.decode(ids[:n - 1]) if ended else None
+        assert (text, reward) in texts
+
+
+def test_dynamic_sampling_says_so_when_it_gives_up(capsys):
+    run = odd_run(dynamic_sampling=True, sampling_rounds=1, group_size=2)
+    samples = train_py.sample_until_signal(run, train_py.random.Random(0))
+    silent = (samples.rewards[:, 0] == samples.rewards[:, 1]).sum()
+    assert 0 < silent == (~samples.has_signal).sum()
+    assert f"{silent} of 32 groups have no signal" in capsys.readouterr().out
+    assert samples.rewards.shape == (32, 2)
+
+
+# ------------------------------------------------------------------------------------ cold start
+
+def test_the_cold_start_is_kept_for_runs_that_would_make_the_same(train, capsys):
+    assert train(*SHORT, "1") == 0
+    assert train(*SHORT, "1", "--algorithm", "grpo", "--lr", "0.01") == 0
+    assert "taken from out/cold-" in capsys.readouterr().out
+    assert train(*SHORT, "1", "--cold_lr", "0.001") == 0
+    assert "taken from" not in capsys.readouterr().out
+    assert len(list(Path("out").glob("cold-*.pt"))) == 2
+
+
+def test_editing_a_comment_or_a_docstring_keeps_the_cold_start(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    codes = []
+    for i, text in enumerate((
+            'def f(x):\n    return x + 1\n',
+            '"""A module."""\n# A comment.\ndef f(x):\n    """Adds 1."""\n    return x + 1\n',
+            'def f(x):\n    return x + 2\n')):
+        (tmp_path / f"code_{i}.py").write_text(text)
+        codes.append(train_py.code_of(__import__(f"code_{i}")))
+    assert codes[0] == codes[1] != codes[2]
+
+
+# ------------------------------------------------------------------------------------ looking on
+
+@pytest.mark.parametrize("when, options", [
+    ("cold_start", ()),
+    ("last", ("--algorithm", "ppo", "--routing_replay", "r3")),
+    ("cold_start", ("--kl_coef", "0.1")),
+])
+def test_the_page_of_an_update_fits_the_terminal_and_changes_nothing(
+        train, capsys, when, options):
+    assert train(*SHORT, "2", "--prompts", "16", "--save_every", "1", *options) == 0
+    before = Path("out/run-1/checkpoint.pt").read_bytes()
+    capsys.readouterr()
+    assert train("--inspect", when) == 0
+    page = capsys.readouterr().out
+    assert page.startswith("Look at")
+    assert ("after the cold start" if when == "cold_start" else "after RL step 2") in page
+    assert "right, A = +" in page
+    assert "wrong, A = -" in page
+    assert "\033" not in page
+    assert max(map(len, page.splitlines())) <= 120
+    assert Path("out/run-1/checkpoint.pt").read_bytes() == before
+
+
+def test_an_answer_into_a_pipe_is_the_prompt_and_the_bare_response(train, capsys):
+    assert train(*SHORT, "1") == 0
+    capsys.readouterr()
+    assert train("--ask", "4+4=") == 0
+    line, = capsys.readouterr().out.splitlines()
+    assert line.startswith("4+4=")
+    assert "<end>" not in line
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="head and pipes of a POSIX shell")
+@pytest.mark.parametrize("command", ["-u train.py --help", "data/arithmetic.py"])
+def test_a_reader_that_stops_early_sees_no_traceback(command):
+    read, write = os.pipe()
+    os.close(read)                  # nobody reads
+    with os.fdopen(write, "w") as closed_pipe:
+        result = subprocess.run([sys.executable, *command.split()], cwd=HOUSE, text=True,
+                                stdout=closed_pipe, stderr=subprocess.PIPE)
+    assert result.stderr == ""
+
+
+# ------------------------------------------------------------------------------------ bad input
+
+def bad_values():
+    for field in (*fields(train_py.Config), *fields(arithmetic.Task)):
+        if field.type is bool or field.name == "out":
+            continue
+        yield f"--{field.name}", "nothing" if field.type is str else "-7"
+        yield f"--{field.name}", "" if field.type is str else "nan"
+    yield "--nothing",
+    yield "--d_model", "30"
+    yield "--max_new_tokens", "3"
+    yield "--steps", "1.5"
+    yield "--ste", "5"
+    yield "--fresh=1",
+    yield "--resume",
+    yield "--ask", "1+1="
+    yield "--eval_only",
+    yield "--inspect",
+    yield "--inspect", "never"
+    yield "--task", "tokenizer"
+    yield "--seed", "9" * 400
+    yield "--out", "."
+    yield "--out", "full/x"
+    yield "--device", "cuda"
+    yield "--resume", "--out", "broken"
+    yield "--resume", "--out", "older"
+    yield "--clip_low", "0.1", "--algorithm", "sapo"
+    yield "--correction", "tis"
+    yield "--overlong", "65"
+    yield "--scale", "std", "--algorithm", "ppo"
+
+
+@pytest.mark.parametrize("arguments", [*bad_values()], ids=" ".join)
+def test_bad_input_gets_one_line_and_exit_code_2(train, capsys, arguments):
+    Path("full").write_text("not a folder")
+    Path("broken").mkdir()
+    torch.save({"model": 1}, "broken/checkpoint.pt")
+    Path("older").mkdir()
+    torch.save({"model": {}}, "older/checkpoint.pt")
+    if arguments == ("--device", "cuda") and torch.cuda.is_available():
+        pytest.skip("it is no bad input here")
+    assert train(*arguments) == 2
+    error = capsys.readouterr().err
+    name = arguments[0].split("=")[0]
+    assert name in error or arguments[-1] in error or "run in out/" in error
+    assert error.count("\n") == 1
+    assert not Path("out").exists()
+
+
+@pytest.mark.parametrize("prompt", ["", "x", "1" * 65], ids=["empty", "unknown", "long"])
+def test_a_prompt_that_cannot_be_asked_gets_one_line(train, capsys, prompt):
+    assert train(*SHORT, "1") == 0
+    capsys.readouterr()
+    assert train("--ask", prompt) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "--ask" in error or "'x'" in error
+
+
+# ------------------------------------------------------------------------------------ own tasks
+
+PLAIN = """
+class Problem:
+    prompt = "1+1="
+
+class Task:
+    def sample(self, rng):
+        return Problem()
+    def demonstrate(self, problem, rng):
+        return rng.choice("23")
+    def reward(self, problem, response):
+        return response == "2"
+"""
+
+
+@pytest.fixture
+def task_file(monkeypatch, tmp_path):
+    """Write a task of one's own; data/ is a namespace package, so it may lie in another folder."""
+    import data
+    (tmp_path / "data").mkdir()
+    monkeypatch.setattr(data, "__path__", [*data.__path__, str(tmp_path / "data")])
+
+    def write(name, text):
+        (tmp_path / "data" / f"{name}.py").write_text(text)
+    return write
+
+
+def test_a_task_is_any_class_with_three_methods(train, task_file):
+    task_file("plain", PLAIN)
+    assert train("--task", "plain", "--cold_steps", "5", "--steps", "1", "--threads", "1") == 0
+    assert train("--ask", "1+1=") == 0
+
+
+@pytest.mark.parametrize("name, old, new, says", [
+    ("no_class", "class Task", "class Other", "has no class Task"),
+    ("no_reward", "def reward", "def rewards", "lacks reward"),
+    ("letters", '"1+1="', '"what?"', "'w' in 'what?' is not in the vocabulary"),
+    ("long", '"1+1="', '"1" * 65', "a prompt of 65 tokens is too long"),
+    ("empty", '"1+1="', '""', "empty prompt"),
+    ("speaks", '"23"', '"xyz"', "is not in the vocabulary"),
+])
+def test_a_task_that_cannot_work_gets_one_line(train, capsys, task_file, name, old, new, says):
+    assert old in PLAIN
+    task_file(name, PLAIN.replace(old, new))
+    assert train("--task", name) == 2
+    error = capsys.readouterr().err
+    assert says in error
+    assert error.count("\n") == 1
+    assert not Path("out").exists()
