@@ -30,7 +30,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 
 
 @dataclass(frozen=True)
@@ -393,11 +392,10 @@ def choose(probs: Tensor, uniform: Tensor) -> Tensor:
 
 def left_pad(prompts: list[list[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """P lists of token ids -> tokens (P, W), padded on the left, and mask (P, W) of real tokens."""
-    rows = [torch.tensor(prompt) for prompt in prompts]
-    real = [torch.ones(len(prompt), dtype=torch.bool) for prompt in prompts]
-    tokens = pad_sequence(rows, batch_first=True, padding_value=pad_id, padding_side="left")
-    mask = pad_sequence(real, batch_first=True, padding_side="left")
-    return tokens.to(device), mask.to(device)
+    W = max(map(len, prompts))
+    tokens = [[pad_id] * (W - len(prompt)) + prompt for prompt in prompts]
+    mask = [[False] * (W - len(prompt)) + [True] * len(prompt) for prompt in prompts]
+    return torch.tensor(tokens, device=device), torch.tensor(mask, device=device)
 
 
 def make_room(tokens: Tensor, mask: Tensor, routes: Tensor, max_new_tokens: int, pad_id: int,

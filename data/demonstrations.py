@@ -3,7 +3,6 @@ import itertools
 import random
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
 
 
 def demonstrations(task, tokenizer, rng, n=3000):
@@ -63,16 +62,13 @@ def collate(batch, pad_id, device):
         prompt 3 10, response 7 9          tokens   .  3 10 |  7  9      mask   . x x | x x
         prompt 4 5 10, response 8 9                 4  5 10 |  8  9             x x x | x x
     """
-    prompts = [torch.tensor(prompt) for prompt, _ in batch]
-    responses = [torch.tensor(response) for _, response in batch]
-    tokens = rectangle(prompts, responses, pad_id)
-    mask = rectangle(map(torch.ones_like, prompts), map(torch.ones_like, responses), 0).bool()
-    return tokens.to(device), mask.to(device), max(map(len, responses))
-
-
-def rectangle(lefts, rights, padding_value):
-    """Two lists of 1-D tensors, row by row -> the left ones padded on the left, then the right ones
-    padded on the right."""
-    left = pad_sequence(list(lefts), True, padding_value, padding_side="left")
-    right = pad_sequence(list(rights), True, padding_value)
-    return torch.cat((left, right), dim=1)
+    W = max(len(prompt) for prompt, _ in batch)
+    T = max(len(response) for _, response in batch)
+    tokens = []
+    mask = []
+    for prompt, response in batch:
+        left = W - len(prompt)
+        right = T - len(response)
+        tokens.append([pad_id] * left + prompt + response + [pad_id] * right)
+        mask.append([False] * left + [True] * length((prompt, response)) + [False] * right)
+    return torch.tensor(tokens, device=device), torch.tensor(mask, device=device), T
