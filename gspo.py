@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
-from moe import MoETransformer, Rollout
+from moe import MoETransformer, Rollout, at_least_fp32
 
 # exp(20) is finite in fp32. Without a bound, inf * 0 would be a NaN gradient; no healthy run comes
 # near it.
@@ -244,7 +244,8 @@ def score(model: MoETransformer, rollout: Rollout, temperature: float = 1.0,
     routes = rollout.routes if replay else None
     out = model(rollout.tokens, rollout.mask, routes, logits_to_keep=T + 1)
     # The logits of a column predict the token of the next one: those of the last predict nothing.
-    log_probs = (out.logits[:, :-1] / temperature).log_softmax(dim=-1)     # (B, T, vocab_size)
+    logits = at_least_fp32(out.logits[:, :-1])
+    log_probs = (logits / temperature).log_softmax(dim=-1)                 # (B, T, vocab_size)
     logp = log_probs.gather(2, rollout.response[..., None])[..., 0]        # (B, T)
     logp = torch.where(rollout.response_mask, logp, 0)
     with torch.no_grad():
@@ -561,8 +562,8 @@ def value_loss(values: Tensor, values_old: Tensor, returns: Tensor, mask: Tensor
 
 def ratio_metrics(logp: Tensor, logp_old: Tensor, advantages: Tensor, clipped: Tensor,
                   mask: Tensor) -> dict[str, float]:
-    """What the ratios look like; arguments as for policy_loss, `clipped` from it. The list of
-    metrics in results/README.md explains each."""
+    """What the ratios look like; arguments as for policy_loss, with a mask of booleans, and
+    `clipped` from it. results/README.md explains each of these metrics."""
     A = advantages if advantages.dim() == 2 else advantages[:, None]
     clipped_low = (clipped & (A < 0)).float()                              # (B, T)
     clipped_high = (clipped & (A > 0)).float()

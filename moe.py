@@ -178,7 +178,7 @@ class Experts(nn.Module):
 
         # Sort the N*K pairs (token, expert) by expert: each expert gets one block of rows.
         expert_of_pair, order = routes.flatten().sort(stable=True)      # (N*K,) each
-        token_of_pair = order // self.n_active                          # (N*K,)
+        token_of_pair = order // routes.shape[1]                        # (N*K,)
         rows_per_expert = expert_of_pair.bincount(minlength=len(self.gate)).tolist()
         blocks = x.index_select(0, token_of_pair).split(rows_per_expert)
         expert_outputs = []
@@ -226,6 +226,7 @@ class MoETransformer(nn.Module):
         C = config.d_model // config.n_head
         frequency = config.rope_theta ** (-torch.arange(0, C, 2) / C)   # (C/2,)
         angle = torch.arange(config.max_length)[:, None] * frequency    # (max_length, C/2)
+        # Complex numbers of fp32, which model.bfloat16() leaves alone: positions stay exact.
         freqs_cis = torch.polar(torch.ones_like(angle), angle)
         self.register_buffer("freqs_cis", freqs_cis, persistent=False)
         for parameter in self.parameters():
