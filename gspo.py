@@ -16,13 +16,14 @@ token of y_i has the weight s_i A_i / |y_i| in GSPO (Eq. 10) and its own weight 
 GRPO (Eq. 12). When the log-ratio of one token jumps, say because the router sent it to other
 experts, log s_i moves by only 1/|y_i| of that jump.
 
-Read on in this order: advantages, Eq. 5 in a straight line, ratios, clip, GSPO, GRPO, the loss, the
-update. Below the second banner stand the relatives with the table ALGORITHMS, then what some of
-them need beside: a second scoring, a KL term, a critic; and the metrics.
+The file is in reading order: advantages, Eq. 5 written out, ratios, clip, GSPO, GRPO, the loss, the
+update. From the banner "the relatives" on, nothing is needed to understand GSPO: the other
+objectives, with the table ALGORITHMS; what some of them need beside; the metrics.
 
 Letters as in moe.py: B = P*G responses to P prompts, S columns, the last T of them the responses';
-N real tokens, L layers, E experts, K active experts, D width. A is an advantage.
+N response tokens in a list, L layers, E experts, K active experts, D width. A is an advantage.
 """
+import itertools
 import time
 from dataclasses import dataclass, replace
 from math import isfinite
@@ -61,10 +62,10 @@ def group_advantages(rewards: Tensor, scale: str = "std") -> Tensor:
 
 def gspo_objective(logp: Tensor, logp_old: Tensor, advantages: Tensor, mask: Tensor,
                    clip_low: float, clip_high: float) -> Tensor:
-    """Eq. 5 in a straight line: the objective J of GSPO, a scalar to maximise.
+    """Eq. 5 written out: the objective J of GSPO, a scalar to maximise.
 
     `policy_loss` below gives the same number with its sign turned, and serves every objective.
-    Log-probs (B, T), advantages (B,), mask (B, T) True for response tokens, one at least in a row.
+    Log-probs (B, T), advantages (B,), mask (B, T) True for response tokens; every row has some.
 
     Two responses, of 3 tokens and of 2. The first is good (A = 1) and has become likelier, beyond
     the clip range. The second is bad (A = -1) and has become likelier too: it keeps its gradient.
@@ -95,14 +96,15 @@ class Ratios(NamedTuple):
 
 
 def response_mean(x: Tensor, mask: Tensor) -> Tensor:
-    """The mean of x (B, T), 0 outside the mask, over each response, all along its row (B, T)."""
+    """The mean of x (B, T) over each response, repeated along its row: (B, T). x must be 0 outside
+    the mask."""
     lengths = mask.sum(dim=1).clamp(min=1)
     return (x.sum(dim=1) / lengths)[:, None].expand_as(x)
 
 
 def ratios(logp: Tensor, logp_old: Tensor, mask: Tensor) -> Ratios:
     """Log-probs (B, T) under both policies, mask (B, T) of booleans -> the log-ratios."""
-    # GSPO's clip range, 3e-4, is finer than bf16 near 1, whose step is 8e-3: at least fp32.
+    # GSPO's clip range, 3e-3, is finer than bf16, whose steps above 1 are 8e-3: at least fp32.
     dtype = torch.promote_types(logp.dtype, torch.float32)
     logp = torch.where(mask, logp, 0).to(dtype)
     logp_old = torch.where(mask, logp_old.detach(), 0).to(dtype)
@@ -118,7 +120,8 @@ def ratios(logp: Tensor, logp_old: Tensor, mask: Tensor) -> Ratios:
 
 def clip(ratio: Tensor, A: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
     """min(ratio * A, clip(ratio) * A). Beyond the clip range there is nothing more to gain and no
-    gradient. A ratio that moved against A (up with A < 0, down with A > 0) keeps its gradient."""
+    gradient. A ratio that moved against A (up with A < 0, down with A > 0) keeps its gradient, up
+    to MAX_LOG_RATIO."""
     contribution = torch.minimum(ratio * A, ratio.clamp(1 - low, 1 + high) * A)
     clipped = torch.where(A > 0, ratio > 1 + high, ratio < 1 - low)
     return contribution, clipped
@@ -135,7 +138,7 @@ def grpo(r: Ratios, A: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]
 def policy_loss(algorithm: str, logp: Tensor, logp_old: Tensor, advantages: Tensor, mask: Tensor,
                 clip_low: float | None = None, clip_high: float | None = None,
                 token_weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The loss to minimise, and the tokens that the clip holds. A pure function of tensors.
+    """The loss to minimise, and which tokens are clipped. A pure function of tensors.
 
     logp (B, T)          log-probs of the response tokens under the policy being trained
     logp_old (B, T)      the same under the policy that sampled them
@@ -144,11 +147,11 @@ def policy_loss(algorithm: str, logp: Tensor, logp_old: Tensor, advantages: Tens
                          elsewhere, be it NaN, is ignored. A row without tokens is worth 0, but
                          counts as a response.
     clip_low, clip_high  by default those of ALGORITHMS; sapo and reinforce have none
-    token_weights (B,)   how much a response's tokens count each, if the rows are only a part of
+    token_weights (B,)   how much each token of a response counts, if the rows are only a part of
                          the mini-batch; by default as in ALGORITHMS, the longest length being T
     Returns the loss, a scalar, and `clipped` (B, T): True where the clip removes the gradient (for
     cispo: where it limits the weight)."""
-    objective_of, weights_of, clip_range, _ = algorithm_row(algorithm)
+    objective_of, aggregation, clip_range, _ = find_algorithm(algorithm)
     if objective_of in ONE_ADVANTAGE_PER_RESPONSE and advantages.dim() == 2:
         raise ValueError(f"{algorithm} has one advantage per response, not per token: (B,)")
     low = clip_range[0] if clip_low is None else clip_low
@@ -161,7 +164,7 @@ def policy_loss(algorithm: str, logp: Tensor, logp_old: Tensor, advantages: Tens
     A = torch.where(mask, A, 0)                                            # (B, T)
     if token_weights is None:
         lengths = mask.sum(dim=1).clamp(min=1).to(A.dtype)                 # (B,)
-        token_weights = weights_of(lengths, mask.shape[1])                 # (B,)
+        token_weights = aggregation(lengths, mask.shape[1])                # (B,)
 
     # For GSPO all tokens of a response contribute the same and weigh 1/(B |y_i|): their sum is the
     # one term per response that Eq. 5 has.
@@ -175,16 +178,17 @@ def policy_loss(algorithm: str, logp: Tensor, logp_old: Tensor, advantages: Tens
 
 @dataclass(frozen=True)
 class Settings:
-    """How to update; train.py explains each of them. ValueError for what does not go together."""
+    """How to update. What is not explained here is an option of train.py, which explains it.
+    ValueError for what does not go together."""
     algorithm: str = "gspo"
-    clip_low: float | None = None       # None: what ALGORITHMS has; so are the next two
+    clip_low: float | None = None       # None here and in the next two: what ALGORITHMS has
     clip_high: float | None = None
     scale: str | None = None
     mini_batches: int = 4
     temperature: float = 1.0
     max_grad_norm: float = 1.0
     max_new_tokens: int = 64            # the longest response, by which dr_grpo divides
-    micro_tokens: int = 8192            # columns computed at once: bounds the memory, nothing else
+    micro_tokens: int = 8192            # columns of all rows computed at once: bounds the memory
     routing_replay: str = "none"
     recompute_logp_old: bool = False
     correction: str = "none"
@@ -193,7 +197,7 @@ class Settings:
     gae_lambda: float = 0.95
 
     def __post_init__(self):
-        row = algorithm_row(self.algorithm)
+        row = find_algorithm(self.algorithm)
         defaults = {"clip_low": row.clip[0], "clip_high": row.clip[1], "scale": row.scale}
         for name, default in defaults.items():
             value = getattr(self, name)
@@ -243,7 +247,8 @@ def score(model: MoETransformer, rollout: Rollout, temperature: float = 1.0,
     T = rollout.logp.shape[1]
     routes = rollout.routes if replay else None
     out = model(rollout.tokens, rollout.mask, routes, logits_to_keep=T + 1)
-    # The logits of a column predict the token of the next one: those of the last predict nothing.
+    # The logits of a column predict the token of the next one. So the last column of the prompt is
+    # needed too, and those of the last column of all predict nothing.
     logits = at_least_fp32(out.logits[:, :-1])
     log_probs = (logits / temperature).log_softmax(dim=-1)                 # (B, T, vocab_size)
     logp = log_probs.gather(2, rollout.response[..., None])[..., 0]        # (B, T)
@@ -254,18 +259,18 @@ def score(model: MoETransformer, rollout: Rollout, temperature: float = 1.0,
 
 
 def update(model: MoETransformer, optimizer: torch.optim.Optimizer, experience: Experience,
-           settings: Settings, steps: int | None = None) -> list[dict]:
+           settings: Settings, first: int | None = None) -> list[dict]:
     """One optimiser step for each mini-batch of whole groups -> a dict of metrics for each step.
 
-    `steps` makes only the first so many. A mini-batch without any signal has no step. The optimizer
-    must know the parameters of a critic's head too. FloatingPointError, before the step, if the
-    loss or the gradient is not finite."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    With `first`, only the first so many mini-batches. One in which every A is 0 has no step. The
+    optimizer must know the parameters of a critic's head too. FloatingPointError, before the step,
+    if the loss or the gradient is not finite."""
+    parameters = list(itertools.chain(*(group["params"] for group in optimizer.param_groups)))
     lengths = experience.rollout.lengths                                   # (B,)
     rows_of_groups = torch.arange(len(lengths), device=lengths.device)
     rows_of_groups = rows_of_groups.view(-1, experience.rollout.group_size)        # (P, G)
     metrics = []
-    for index, groups in enumerate(rows_of_groups.tensor_split(settings.mini_batches)[:steps]):
+    for index, groups in enumerate(rows_of_groups.tensor_split(settings.mini_batches)[:first]):
         mini_batch = experience.select(groups.flatten())
         optimizer.zero_grad()
         result = accumulate_gradient(model, mini_batch, settings)
@@ -283,31 +288,36 @@ def update(model: MoETransformer, optimizer: torch.optim.Optimizer, experience: 
 def accumulate_gradient(model: MoETransformer, mini_batch: Experience,
                         settings: Settings) -> tuple[float, dict] | None:
     """Add the gradient of a mini-batch's loss to the parameters, a part at a time -> the policy
-    loss and the metrics; None if no response has a gradient."""
-    lengths = mini_batch.rollout.lengths.float()                           # (b,)
-    weights_of = algorithm_row(settings.algorithm).token_weights
-    token_weights = weights_of(lengths, settings.max_new_tokens)           # (b,)
-    mean_weights = seq_mean_token_mean(lengths, settings.max_new_tokens)   # (b,)
+    loss and the metrics; None if no response has a gradient.
+
+    The weights of the tokens are those of the whole mini-batch, so that the losses of the parts add
+    up to its loss, and their gradients to its gradient."""
+    lengths = mini_batch.rollout.lengths.float()                           # (B,)
+    aggregation = find_algorithm(settings.algorithm).aggregation
+    token_weights = aggregation(lengths, settings.max_new_tokens)          # (B,)
+    mean_weights = seq_mean_token_mean(lengths, settings.max_new_tokens)   # (B,)
     # A response with A = 0 counts in these weights but has no gradient: it is not computed, unless
     # another loss needs it.
-    needed = mini_batch.advantages != 0                                    # (b,) or (b, T)
+    needed = mini_batch.advantages != 0                                    # (B,) or (B, T)
     if needed.dim() == 2:
         needed = needed.any(dim=1)
-    needed = needed | bool(settings.kl_coef or mini_batch.critic)          # (b,)
+    if settings.kl_coef or mini_batch.critic is not None:
+        needed = torch.ones_like(needed)
     if not needed.any():
         return None
-    learned = mini_batch.select(needed)
+    computed = mini_batch.select(needed)
     token_weights = token_weights[needed]
     mean_weights = mean_weights[needed]
 
     total = 0.0
     all_scores = []
     all_clipped = []
-    for rows in micro_batches(learned.rollout, settings):
-        part = learned.select(rows)
+    for rows in micro_batches(computed.rollout, settings):
+        part = computed.select(rows)
         mask = part.rollout.response_mask
         # logp_old was stored when the responses were sampled. In the first mini-batch the model has
-        # not moved since: every ratio is 1 and nothing is clipped. Each step moves it further away.
+        # not moved since: every ratio is 1, up to rounding, and nothing is clipped. Each optimiser
+        # step moves the model further away.
         logp_old = part.rollout.logp
         scores = score(model, part.rollout, settings.temperature, settings.routing_replay != "none")
         loss, clipped = policy_loss(
@@ -317,12 +327,11 @@ def accumulate_gradient(model: MoETransformer, mini_batch: Experience,
         total += loss.item()
         all_scores.append(scores)
         all_clipped.append(clipped)
-    return total, update_metrics(learned, Scores.join(all_scores), torch.cat(all_clipped))
+    return total, update_metrics(computed, Scores.join(all_scores), torch.cat(all_clipped))
 
 
 def micro_batches(rollout: Rollout, settings: Settings) -> tuple[Tensor, ...]:
-    """The numbers of the rows, in parts of about `micro_tokens` columns: as much as is computed at
-    once. That bounds the memory and changes no result."""
+    """The numbers of the rows in parts, each as many rows as are computed at once."""
     B, S = rollout.tokens.shape
     rows = torch.arange(B, device=rollout.tokens.device)
     return rows.split(max(1, settings.micro_tokens // S))
@@ -391,14 +400,15 @@ def seq_mean_token_sum_norm(lengths: Tensor, longest: int) -> Tensor:
 
 class Algorithm(NamedTuple):
     objective: Callable         # (Ratios, A, low, high) -> contribution and clipped, (B, T) both
-    token_weights: Callable     # how the contributions of tokens are added up
+    aggregation: Callable       # how the contributions of tokens are added up
     clip: tuple                 # low, high: of s for gspo and luspo, of log w for gmpo, else of w
     scale: str | None           # of group_advantages; None for ppo: a critic gives its advantages
 
 
-# The clip ranges are the papers', but for gspo. The GSPO paper has 3e-4 and 4e-4, for responses of
-# thousands of tokens. In one of 30 tokens a single token moves their mean far more, and ten times
-# the range learned faster on all of five seeds (results/README.md).
+# A clip range is that of the cited paper unless a comment says otherwise. The GSPO paper has 3e-4
+# and 4e-4, for responses of thousands of tokens. Ours have about 30 tokens, so that one token moves
+# the mean much further. Ten times the range learned faster on all of five seeds, as
+# results/README.md shows.
 ALGORITHMS = {
     "gspo": Algorithm(gspo, seq_mean_token_mean, (3e-3, 4e-3), "std"),              # 2507.18071
     # For advantages per token; with one per response it equals gspo in value and gradient.
@@ -420,7 +430,7 @@ ALGORITHMS = {
 }
 
 
-def algorithm_row(name: str) -> Algorithm:
+def find_algorithm(name: str) -> Algorithm:
     if name not in ALGORITHMS:
         raise ValueError(f"algorithm is {name!r}; it can be one of {', '.join(ALGORITHMS)}")
     return ALGORITHMS[name]
@@ -456,7 +466,9 @@ def prepare(model: MoETransformer, rollout: Rollout, rewards: Tensor, settings: 
     values = None
     if settings.recompute_logp_old or corrected or head or settings.routing_replay == "r2":
         began = time.time()
-        rollout, values = rescore(model, rollout, settings, settings.routing_replay == "r3", head)
+        # r2 records the experts of this pass, r3 replays those of the sampler in it.
+        rollout, values = rescore(model, rollout, settings,
+                                  replay=settings.routing_replay == "r3", head=head)
         metrics["seconds_rescoring"] = time.time() - began
     logp_ref = None
     if reference:
@@ -589,23 +601,22 @@ def routing_metrics(old: Tensor, new: Tensor, router_logits: Tensor) -> dict[str
     """What the router of each layer does: the active experts at sampling and now, (L, N, K) each,
     compared as sets, and its logits now (L, N, E) -> a list of L floats for each metric."""
     stayed = (old[..., :, None] == new[..., None, :]).any(dim=-1)          # (L, N, K)
-    tokens = one_hot(new.long(), router_logits.shape[-1]).sum(dim=(1, 2)).float()      # (L, E)
+    pairs = one_hot(new.long(), router_logits.shape[-1]).sum(dim=(1, 2)).float()       # (L, E)
     probs = router_logits.softmax(dim=-1)                                  # (L, N, E)
     return {
         "expert_change": (1 - stayed.float().mean(dim=(1, 2))).tolist(),
-        "expert_load": (tokens.amax(dim=1) / tokens.mean(dim=1)).tolist(),
+        "expert_load": (pairs.amax(dim=1) / pairs.mean(dim=1)).tolist(),
         "router_entropy": torch.special.entr(probs).sum(dim=-1).mean(dim=1).tolist(),
     }
 
 
-def update_metrics(learned: Experience, scores: Scores, clipped: Tensor) -> dict:
-    """The metrics of an optimiser step: its responses, as they were sampled and as they scored."""
-    rollout = learned.rollout
+def update_metrics(computed: Experience, scores: Scores, clipped: Tensor) -> dict:
+    """The metrics of an optimiser step, over the responses that it computed."""
+    rollout = computed.rollout
     mask = rollout.response_mask                                           # (B, T)
-    before = slice(-mask.shape[1] - 1, -1)      # the columns whose logits predict the response
-    old_routes = rollout.routes[:, :, before][:, mask]                     # (L, N, K)
-    new_routes = scores.routes[:, :, before][:, mask]                      # (L, N, K)
-    router_logits = scores.router_logits[:, :, before][:, mask]            # (L, N, E)
-    return (ratio_metrics(scores.logp, rollout.logp, learned.advantages, clipped, mask)
+    old_routes = rollout.predicting(rollout.routes)[:, mask]               # (L, N, K)
+    new_routes = rollout.predicting(scores.routes)[:, mask]                # (L, N, K)
+    router_logits = rollout.predicting(scores.router_logits)[:, mask]      # (L, N, E)
+    return (ratio_metrics(scores.logp, rollout.logp, computed.advantages, clipped, mask)
             | routing_metrics(old_routes, new_routes, router_logits)
             | {"entropy": scores.entropy[mask].mean().item()})

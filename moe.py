@@ -4,9 +4,9 @@ One layer:   x = x + attention(norm(x))
              x = x + experts(norm(x))
 
     attention   grouped queries, RMSNorm on every query and key head, rotary positions, no biases
-    router      p = softmax(W x) over all E experts, in fp32; the K most probable are active
-    gates       g_e = p_e / (sum of the K active p), so that they sum to 1
-    experts     y = sum over the active e of g_e * down_e(silu(gate_e x) * up_e x)
+    router      p = softmax(W x) over all E experts, the softmax in fp32; the K most probable are
+                active, and weigh p_e / (sum of the K active p): their weights sum to 1
+    experts     y = sum over the active e of weight_e * down_e(silu(gate_e x) * up_e x)
 
 Dropout, router noise and expert capacity are left out. With them the log-prob of a response would
 depend on chance or on its batch mates, and the ratio of GSPO is a ratio of log-probs. Qwen3 has no
@@ -16,11 +16,12 @@ Routing is data: the active experts come out of a forward pass as a tensor (`rou
 pass takes them in and activates them again (routing replay). No module remembers anything between
 two calls.
 
-The sampler and the trainer work on the same rectangle of tokens, see `Rollout`. Outside attention
-the model computes only its real tokens, as one flat list, see `unpad` and `pad`.
+The sampler and the trainer work on the same rectangle of tokens, see `Rollout`. Attention needs the
+rectangle; between two attentions a layer computes only the real tokens, as one flat list: see
+`unpad` and `pad`.
 
 The letters in shape comments:
-    B rows (responses)    S columns    T the last of them: a response, or the newest tokens
+    B rows (responses)    S columns    T the last of them: those of a call, or of the responses
     N real tokens         L layers     E experts    K active experts
     D width of the model  H query heads             C width of a head
 """
@@ -87,7 +88,8 @@ def at_least_fp32(x: Tensor) -> Tensor:
 
 def rotate(x: Tensor, freqs_cis: Tensor) -> Tensor:
     """Rotary positions (2104.09864): read each pair of neighbours in x (N, heads, C) as a complex
-    number and turn it by the angle that freqs_cis (N, 1, C/2) has for its position."""
+    number and turn it by the angle that freqs_cis (N, 1, C/2) has for its position. (The released
+    Qwen3 pairs numbers half a head apart: the same model, with q and k in another order.)"""
     pairs = torch.view_as_complex(at_least_fp32(x).unflatten(-1, (-1, 2)))      # (N, heads, C/2)
     return torch.view_as_real(pairs * freqs_cis).flatten(-2).to(x.dtype)
 
@@ -114,7 +116,7 @@ class KVCache:
         self.mask = None                    # (B, S), True for real tokens
         self.layers = [LayerCache() for _ in range(n_layer)]
 
-    def select(self, rows: Tensor):
+    def keep_rows(self, rows: Tensor):
         """Keep only the chosen rows; a row can be chosen several times."""
         self.mask = self.mask.index_select(0, rows)
         for layer in self.layers:
@@ -174,7 +176,7 @@ class Experts(nn.Module):
             routes = router_logits.topk(self.n_active).indices          # (N, K)
         # Softmax over all experts, divided by the sum of the active ones, is softmax over the
         # active ones. Under replay too it comes from today's logits: the router keeps learning.
-        gates = router_logits.gather(1, routes).softmax(dim=-1).to(x.dtype)     # (N, K)
+        expert_weights = router_logits.gather(1, routes).softmax(dim=-1).to(x.dtype)    # (N, K)
 
         # Sort the N*K pairs (token, expert) by expert: each expert gets one block of rows.
         expert_of_pair, order = routes.flatten().sort(stable=True)      # (N*K,) each
@@ -183,10 +185,10 @@ class Experts(nn.Module):
         blocks = x.index_select(0, token_of_pair).split(rows_per_expert)
         expert_outputs = []
         for block, gate, up, down in zip(blocks, self.gate, self.up, self.down):
-            hidden = F.silu(block @ gate.T) * (block @ up.T)            # (rows, d_expert)
-            expert_outputs.append(hidden @ down.T)                      # (rows, D)
-        gate_of_pair = gates.flatten().index_select(0, order)           # (N*K,)
-        weighted = torch.cat(expert_outputs) * gate_of_pair[:, None]    # (N*K, D)
+            inner = F.silu(block @ gate.T) * (block @ up.T)             # (rows, d_expert)
+            expert_outputs.append(inner @ down.T)                       # (rows, D)
+        weight_of_pair = expert_weights.flatten().index_select(0, order)        # (N*K,)
+        weighted = torch.cat(expert_outputs) * weight_of_pair[:, None]  # (N*K, D)
         y = torch.zeros_like(x).index_add(0, token_of_pair, weighted)   # (N, D)
         return y, routes, router_logits
 
@@ -206,8 +208,7 @@ class Layer(nn.Module):
 
 
 class Output(NamedTuple):
-    """What a forward pass returns. In padding, logits and router_logits are 0, and routes are valid
-    and distinct, but nothing uses them."""
+    """What a forward pass returns. In padding, logits and router_logits are 0."""
     logits: Tensor          # (B, logits_to_keep, vocab_size)
     hidden: Tensor          # (B, logits_to_keep, D): the logits are made of these
     routes: Tensor          # (L, B, T, K) the active experts, most probable first
@@ -230,7 +231,7 @@ class MoETransformer(nn.Module):
         freqs_cis = torch.polar(torch.ones_like(angle), angle)
         self.register_buffer("freqs_cis", freqs_cis, persistent=False)
         for parameter in self.parameters():
-            if parameter.dim() > 1:         # 1/sqrt(inputs): a product keeps the size of x
+            if parameter.dim() > 1:         # 1/sqrt(inputs): outputs are as large as inputs
                 nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
         nn.init.normal_(self.embed.weight, std=1.0)
 
@@ -240,45 +241,48 @@ class MoETransformer(nn.Module):
 
         mask (B, T)           True for real tokens
         routes (L, B, T, K)   experts to activate instead of the router's choice (replay)
-        cache                 what came before; the T columns are added to it
+        cache                 what came before; this call adds its T columns to it
         logits_to_keep        the last columns, whose logits you want; None for all
         ValueError for more columns than config.max_length."""
         B, T = tokens.shape
-        seen = mask                                                     # (B, S)
+        all_mask = mask                                                 # (B, S)
         if cache is not None:
-            seen = mask if cache.mask is None else torch.cat((cache.mask, mask), dim=1)
-            cache.mask = seen
-        S = seen.shape[1]
+            if cache.mask is not None:
+                all_mask = torch.cat((cache.mask, mask), dim=1)
+            cache.mask = all_mask
+        S = all_mask.shape[1]
         if S > self.config.max_length:
             raise ValueError(f"{S} columns are more than max_length = {self.config.max_length}")
 
         places = mask.flatten().nonzero()[:, 0]                         # (N,)
         x = self.embed(unpad(tokens, places))                           # (N, D)
         # The first real token of a row has position 0, however much padding stands before it.
-        positions = (seen.cumsum(dim=1) - 1)[:, -T:]                    # (B, T)
+        positions = (all_mask.cumsum(dim=1) - 1)[:, -T:]                # (B, T)
         freqs_cis = self.freqs_cis[unpad(positions, places)][:, None]   # (N, 1, C/2)
         key = torch.arange(S, device=tokens.device)                     # (S,)
         query = key[-T:, None]                                          # (T, 1)
-        # Padding sees itself, so that no softmax is empty.
-        visible = (seen[:, None] & (key <= query)) | (key == query)     # (B, T, S)
+        # A column sees the real tokens up to its own. Padding sees itself: no softmax is empty.
+        visible = all_mask[:, None] & (key <= query)                    # (B, T, S)
+        visible = visible | (key == query)
 
         all_routes = []
         all_router_logits = []
         for i, layer in enumerate(self.layers):
             layer_cache = None if cache is None else cache.layers[i]
             replayed = None if routes is None else unpad(routes[i], places).long()      # (N, K)
-            x, chosen, router_logits = layer(
+            x, active, router_logits = layer(
                 x, freqs_cis, visible[:, None], places, layer_cache, replayed)
-            all_routes.append(pad(chosen, places, (B, T)))
+            all_routes.append(pad(active, places, (B, T)))
             all_router_logits.append(pad(router_logits, places, (B, T)))
 
         x = pad(x, places, (B, T))                                      # (B, T, D)
         if logits_to_keep is not None:
             x = x[:, -logits_to_keep:]
         hidden = self.norm(x)
+        # Padding gets distinct experts too: whoever replays all columns finds valid ones.
         distinct = torch.arange(self.config.n_active, device=tokens.device)     # (K,)
-        all_routes = torch.stack(all_routes).where(mask[..., None], distinct)   # (L, B, T, K)
-        return Output(self.unembed(hidden), hidden, all_routes, torch.stack(all_router_logits))
+        active = torch.stack(all_routes).where(mask[..., None], distinct)       # (L, B, T, K)
+        return Output(self.unembed(hidden), hidden, active, torch.stack(all_router_logits))
 
 
 def balance_loss(out: Output, mask: Tensor) -> Tensor:
@@ -310,12 +314,14 @@ class Rollout:
                  4  5 10 |  6  6  6               x x x | x x x
 
     The last row was cut: it has no end token. S = 6 columns, of which the last T = 3 are those of
-    the responses, whose lengths are 2 3 2 3: the end token counts, padding does not."""
+    the responses, whose lengths are 2 3 2 3: the end token counts, padding does not. The logits of
+    a column predict the token of the next one: the columns 2, 3 and 4 score these responses."""
     tokens: Tensor      # (B, S)
     mask: Tensor        # (B, S) True for real tokens
     logp: Tensor        # (B, T) log-prob of each response token when it was sampled; 0 in padding
-    routes: Tensor      # (L, B, S, K) active experts, uint8; any distinct ones where unknown
-    group_size: int
+    routes: Tensor      # (L, B, S, K) active experts, uint8; any distinct ones in padding and for
+                        # the last token of a response, which the sampler does not compute
+    group_size: int     # holds for whole groups only, not for any rows that you select
 
     @property
     def response(self) -> Tensor:
@@ -332,8 +338,12 @@ class Rollout:
         """Tokens of each response (B,)."""
         return self.response_mask.sum(dim=1)
 
+    def predicting(self, x: Tensor) -> Tensor:
+        """Of x (L, B, S, ...), the columns whose logits predict the response: (L, B, T, ...)."""
+        return x[:, :, -self.logp.shape[1] - 1:-1]
+
     def select(self, rows: Tensor) -> "Rollout":
-        """The chosen rows."""
+        """The chosen rows: numbers, or True for each one chosen (B,)."""
         return Rollout(self.tokens[rows], self.mask[rows], self.logp[rows], self.routes[:, rows],
                        self.group_size)
 
@@ -417,12 +427,13 @@ def generate(model: MoETransformer, prompts: list[list[int]], group_size: int, m
              generator: torch.Generator | None = None) -> Rollout:
     """Sample `group_size` responses to each of P prompts, lists of token ids.
 
-    A response ends with `eos_id`, or is cut after `max_new_tokens`. There is no top-k or top-p: the
-    trainer has to score the very distribution that was sampled. Temperature 0 takes the likeliest
-    token, with its log-prob at temperature 1. The state of `generator`, a CPU one on every device,
-    decides the rollout. ValueError: see check_request."""
+    A response ends with `eos_id` or is cut after `max_new_tokens`. No top-k or top-p: the trainer
+    scores the very distribution that was sampled. Temperature 0 takes the likeliest token, with its
+    log-prob at temperature 1. The state of `generator`, on the CPU, decides all. ValueError: see
+    check_request."""
     check_request(model.config, prompts, group_size, max_new_tokens, temperature)
     device = model.embed.weight.device
+    eos_id = -1 if eos_id is None else eos_id       # no token has the id -1
 
     # 1 Prefill: each prompt goes through the model once.
     tokens, mask = left_pad(prompts, pad_id, device)                    # (P, W) each
@@ -432,13 +443,13 @@ def generate(model: MoETransformer, prompts: list[list[int]], group_size: int, m
     # 2 Copy each prompt and its cache to all rows of its group, and make room for the responses.
     P, W = tokens.shape
     prompt_of_row = torch.arange(P, device=device).repeat_interleave(group_size)    # (B,)
-    cache.select(prompt_of_row)
+    cache.keep_rows(prompt_of_row)
     logits = out.logits[prompt_of_row, -1]                              # (B, vocab_size)
     rollout = make_room(tokens[prompt_of_row], mask[prompt_of_row], out.routes[:, prompt_of_row],
                         max_new_tokens, pad_id, group_size)
 
     # 3 Loop: choose a token for each row, drop the rows that end with it, compute the others.
-    # The uniform numbers are drawn at once, so that a row's do not depend on its batch mates.
+    # The uniform numbers are drawn at once: when one row ends changes nothing for the others.
     uniform = torch.rand(rollout.logp.shape, generator=generator).to(device)        # (B, T)
     rows = torch.arange(len(uniform), device=device)                    # those that go on
     for t in range(max_new_tokens):
@@ -447,14 +458,15 @@ def generate(model: MoETransformer, prompts: list[list[int]], group_size: int, m
         rollout.tokens[rows, W + t] = chosen
         rollout.mask[rows, W + t] = True
         rollout.logp[rows, t] = probs.gather(1, chosen[:, None])[:, 0].log()
-        go_on = (chosen != (-1 if eos_id is None else eos_id)).nonzero()[:, 0]
+        go_on = (chosen != eos_id).nonzero()[:, 0]
         if len(go_on) == 0 or t == max_new_tokens - 1:
             break
         if len(go_on) < len(rows):
             rows = rows[go_on]
             chosen = chosen[go_on]
-            cache.select(go_on)
-        out = model(chosen[:, None], torch.ones_like(chosen[:, None]) > 0, cache=cache)
+            cache.keep_rows(go_on)
+        real = torch.ones(len(rows), 1, dtype=torch.bool, device=device)
+        out = model(chosen[:, None], real, cache=cache)
         logits = out.logits[:, 0]
         rollout.routes[:, rows, W + t] = out.routes[:, :, 0].to(torch.uint8)
 

@@ -949,7 +949,7 @@ def test_update_is_gradient_ascent_on_equation_5(mini_batches, rows_of_steps):
 def test_steps_makes_only_the_first_so_many():
     model, experience = drifted()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    steps = gspo.update(model, optimizer, experience, Settings(), steps=3)
+    steps = gspo.update(model, optimizer, experience, Settings(), first=3)
     assert [step["mini_batch"] for step in steps] == [0, 2]         # 1 has no signal
 
 

@@ -70,16 +70,16 @@ class ColdStartOptions:
 class RLOptions:
     """RL"""
     algorithm: str = option("gspo", "the objective", choices=tuple(gspo.ALGORITHMS))
-    steps: int = option(500, "RL steps; later ones find few groups with a signal", 0)
+    steps: int = option(500, "RL steps; by then nearly every group is all right", 0)
     prompts: int = option(32, "problems in a step", 1)
     group_size: int = option(8, "responses to a problem: each other's baseline", 2)
     mini_batches: int = option(4, "optimiser steps per rollout, as in the paper", 1)
     lr: float = option(3e-4, "learning rate: gentle, the policy must stay near the sampler's", 0, 1)
     clip_low: float = option(None, "lower clip range (default: the algorithm's, gspo 3e-3)", 0, 1)
     clip_high: float = option(None, "upper one (default: the algorithm's, gspo 4e-3)", 0, 100)
-    routing_replay: str = option("none", "update with the experts that were active under the old "
-                                 "weights: r2, in a pass of the trainer; r3, in the sampler",
-                                 choices=("none", "r2", "r3"))
+    routing_replay: str = option("none", "update with the experts that were active before it: r2, "
+                                 "in a pass of the trainer, which scores again too; r3, in the "
+                                 "sampler", choices=("none", "r2", "r3"))
     temperature: float = option(1.0, "of sampling and of scoring: the policy as it is", 0.01, 100)
     max_new_tokens: int = option(64, "a response without an end by then is worth 0", 1, 1000)
     max_grad_norm: float = option(1.0, "longer gradients are shortened to this", 1e-6)
@@ -92,8 +92,8 @@ class RLOptions:
 @dataclasses.dataclass
 class RelativesOptions:
     """for GSPO's relatives only"""
-    scale: str = option(None, "divide advantages by their group's std? (default: as in its paper)",
-                        choices=("std", "none"))
+    scale: str = option(None, "divide advantages by their group's std, or not (default: as the "
+                        "algorithm's paper does)", choices=("std", "none"))
     kl_coef: float = option(0.0, "weight of the KL to the cold start's policy, off in GSPO", 0, 99)
     gamma: float = option(1.0, "ppo: a reward a token later is worth this much", 0, 1)
     gae_lambda: float = option(0.95, "ppo: 1 trusts rewards, 0 the critic", 0, 1)
@@ -129,7 +129,7 @@ class Config(RunOptions, RelativesOptions, RLOptions, ColdStartOptions, ModelOpt
                              f"{self.max_new_tokens}")
 
     def settings(self) -> gspo.Settings:
-        """Those of the options that gspo.update reads."""
+        """Those of the options that gspo.update reads: they have the same names there."""
         names = {field.name for field in dataclasses.fields(gspo.Settings)}
         return gspo.Settings(**{name: value for name, value in vars(self).items() if name in names})
 
@@ -175,7 +175,7 @@ def cold_start(run: Run, fresh: bool) -> float:
     began = time.time()
     batches = demonstrations.batches(run.task, run.tokenizer, config.seed, config.cold_tokens)
     for step in range(1, config.cold_steps + 1):
-        for group in optimizer.param_groups:        # 50 steps up, then down to 0
+        for group in optimizer.param_groups:        # 50 steps up, then down to almost 0
             group["lr"] = config.cold_lr * min(step / 50, 1 - (step - 1) / config.cold_steps)
         tokens, mask, T = demonstrations.collate(next(batches), run.tokenizer.pad_id, device)
         out = model(tokens, mask, logits_to_keep=T + 1)
@@ -203,13 +203,14 @@ def cold_start(run: Run, fresh: bool) -> float:
 
 
 def cold_start_key(run: Run) -> str:
-    """A name for all that decides a cold start: options, task, code, vocabulary, torch, machine."""
+    """A name for all that decides a cold start: options, task, code, vocabulary, version of torch,
+    kind of device."""
     names = [field.name for part in (ModelOptions, ColdStartOptions)
              for field in dataclasses.fields(part)]
     names += ["task", "seed", "threads", "max_grad_norm"]
     options = {name: getattr(run.config, name) for name in names}
     code = [code_of(x) for x in (
-        moe, demonstrations, inspect.getmodule(type(run.task)), Tokenizer, cold_start)]
+        moe, demonstrations, inspect.getmodule(type(run.task)), Tokenizer, build, cold_start)]
     parts = (options, vars(run.task), code, run.tokenizer.tokens, torch.__version__,
              run.model.embed.weight.device.type)
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
@@ -228,18 +229,15 @@ def code_of(x) -> str:
 
 # ---------------------------------------------------------------------------- 2 the evaluation
 
-def sample(run: Run, problems: list, group_size: int, temperature: float,
-           generator: torch.Generator | None = None) -> moe.Rollout:
+def sample_responses(run: Run, model: moe.MoETransformer, problems: list, group_size: int,
+                     temperature: float, generator: torch.Generator | None = None) -> moe.Rollout:
     """`group_size` responses to each problem; temperature 0 is greedy."""
-    model = run.model
-    if run.config.sampler == "bfloat16":
-        model = copy.deepcopy(model).bfloat16()
     prompts = [run.tokenizer.encode(problem.prompt) for problem in problems]
     return moe.generate(model, prompts, group_size, run.config.max_new_tokens, temperature,
                         run.tokenizer.eos_id, run.tokenizer.pad_id, generator)
 
 
-def reward(run: Run, problems: list, rollout: moe.Rollout) -> list[Response]:
+def reward_responses(run: Run, problems: list, rollout: moe.Rollout) -> list[Response]:
     """What each response, row by row, says and is worth."""
     responses = []
     rows = zip(rollout.response.tolist(), rollout.lengths.tolist())
@@ -258,9 +256,11 @@ def evaluate(run: Run) -> tuple[dict, list[Response]]:
     """On held-out problems, 4 sampled responses to each and the greedy one -> numbers, and the
     sampled responses."""
     problems = tasks.held_out_problems(run.task)
-    greedy = reward(run, problems, sample(run, problems, 1, temperature=0.0))
     generator = torch.Generator().manual_seed(run.config.seed)
-    sampled = reward(run, problems, sample(run, problems, 4, run.config.temperature, generator))
+    likeliest = sample_responses(run, run.model, problems, 1, temperature=0.0)
+    several = sample_responses(run, run.model, problems, 4, run.config.temperature, generator)
+    greedy = reward_responses(run, problems, likeliest)
+    sampled = reward_responses(run, problems, several)
     return report.evaluation(sampled, greedy), sampled
 
 
@@ -282,7 +282,8 @@ def new_learner(run: Run, state: dict) -> Learner:
         head = nn.Linear(config.d_model, 1).to(run.model.embed.weight.device)
         for parameter in head.parameters():
             nn.init.zeros_(parameter)
-        head.load_state_dict(state.get("head", head.state_dict()))
+        if "head" in state:
+            head.load_state_dict(state["head"])
     if config.kl_coef:
         reference = copy.deepcopy(run.model)
         reference.load_state_dict(load(run.folder / "cold_start.pt", "start a new run")["model"])
@@ -295,11 +296,12 @@ def new_learner(run: Run, state: dict) -> Learner:
 
 
 class Samples(NamedTuple):
-    """The groups that an RL step learns from, and all responses that were sampled for it."""
+    """The groups that an RL step learns from, and all responses that were sampled for it, those of
+    dropped groups included."""
     rollout: moe.Rollout
     rewards: Tensor             # (P, G), the overlong penalty included
-    has_signal: Tensor          # (P,) True for groups that are neither all right nor all wrong
-    responses: list[Response]
+    has_signal: Tensor          # (P,) True where the rewards differ, without the overlong penalty
+    all_responses: list[Response]
 
 
 def overlong_penalty(lengths: Tensor, longest: int, margin: int) -> Tensor:
@@ -315,8 +317,10 @@ def sample_and_reward(run: Run, rng: random.Random) -> Samples:
     config = run.config
     problems = [run.task.sample(rng) for _ in range(config.prompts)]
     generator = torch.Generator().manual_seed(rng.getrandbits(63))
-    rollout = sample(run, problems, config.group_size, config.temperature, generator)
-    responses = reward(run, problems, rollout)
+    model = copy.deepcopy(run.model).bfloat16() if config.sampler == "bfloat16" else run.model
+    rollout = sample_responses(run, model, problems, config.group_size, config.temperature,
+                               generator)
+    responses = reward_responses(run, problems, rollout)
     rewards = torch.tensor([response.reward for response in responses])
     rewards = rewards.view(-1, config.group_size)                           # (P, G)
     has_signal = rewards.amax(dim=1) > rewards.amin(dim=1)                  # (P,)
@@ -328,18 +332,18 @@ def sample_until_signal(run: Run, rng: random.Random) -> Samples:
     """Dynamic sampling (DAPO): drop groups that are all right or all wrong and sample new problems
     until there are P groups. After the last round, dropped groups of that round fill the gaps."""
     P = run.config.prompts
-    kept = []
+    kept = []                   # pairs: Samples, and the numbers of the groups to keep of them
     missing = P
-    for rounds_left in reversed(range(run.config.sampling_rounds)):
+    for round_ in range(1, run.config.sampling_rounds + 1):
         new = sample_and_reward(run, rng)
-        signal_first = (~new.has_signal).int().argsort(stable=True)         # (P,)
-        n_signal = int(new.has_signal.sum())
-        if rounds_left == 0 and n_signal < missing:
-            print(f"  after {run.config.sampling_rounds} rounds of sampling {missing - n_signal} "
-                  f"of {P} groups have no signal; see --sampling_rounds")
-            n_signal = missing
-        kept.append((new, signal_first[:min(missing, n_signal)].sort().values))
-        missing -= len(kept[-1][1])
+        groups = new.has_signal.nonzero()[:, 0][:missing]
+        missing -= len(groups)
+        if missing and round_ == run.config.sampling_rounds:
+            print(f"  after {round_} rounds of sampling {missing} of {P} groups have no signal; "
+                  "see --sampling_rounds")
+            spare = (~new.has_signal).nonzero()[:, 0][:missing]
+            groups = torch.cat((groups, spare)).sort().values
+        kept.append((new, groups))
         if missing == 0:
             break
     rollouts = []
@@ -349,7 +353,7 @@ def sample_until_signal(run: Run, rng: random.Random) -> Samples:
     return Samples(moe.Rollout.join(rollouts),
                    torch.cat([new.rewards[groups] for new, groups in kept]),
                    torch.cat([new.has_signal[groups] for new, groups in kept]),
-                   list(itertools.chain(*(new.responses for new, _ in kept))))
+                   list(itertools.chain(*(new.all_responses for new, _ in kept))))
 
 
 def rl_step(run: Run, learner: Learner, step: int) -> tuple[dict, list[dict]]:
@@ -357,14 +361,14 @@ def rl_step(run: Run, learner: Learner, step: int) -> tuple[dict, list[dict]]:
     began = time.time()
     rng = random.Random(f"{run.config.seed} rl {step}")
     settings = run.config.settings()
-    # 1 Sample G responses to each of P problems.  2 Reward them.
+    # Steps 1 and 2 of GSPO: sample G responses to each of P problems, reward them.
     collect = sample_until_signal if run.config.dynamic_sampling else sample_and_reward
     samples = collect(run, rng)
-    # 3 Advantages: how good is a response beside its siblings?
+    # Step 3, advantages: how good is a response beside its siblings?
     experience, metrics = gspo.prepare(
         run.model, samples.rollout, samples.rewards.to(samples.rollout.logp.device), settings,
         learner.reference, learner.head)
-    # 4 Ratio, 5 clip, 6 update: `mini_batches` times, each with its own groups.
+    # Steps 4 to 6, ratio, clip and update: `mini_batches` times, each with its own groups.
     updates = gspo.update(run.model, learner.optimizer, experience, settings)
 
     seconds = time.time() - began
@@ -372,8 +376,8 @@ def rl_step(run: Run, learner: Learner, step: int) -> tuple[dict, list[dict]]:
         print(f"  routing replay {settings.routing_replay}: a pass that records the experts took "
               f"{metrics.get('seconds_rescoring', 0):.3f} of {seconds:.3f} s; the record has "
               f"{samples.rollout.routes.nbytes / 1024:.0f} KiB")
-    n_tokens = sum(response.length for response in samples.responses)
-    row = report.response_metrics(samples.responses) | report.means(updates) | metrics
+    n_tokens = sum(response.length for response in samples.all_responses)
+    row = report.response_metrics(samples.all_responses) | report.means(updates) | metrics
     row["step"] = step
     row["no_signal"] = 1 - samples.has_signal.float().mean().item()
     row["seconds"] = seconds
@@ -389,12 +393,12 @@ def rl(run: Run, state: dict):
     learner = new_learner(run, state)
     saved_step = save_checkpoint(run, learner, state)
     log = Log(run.folder, state["step"], config.n_layer)
-    first = state["step"]
+    start = state["step"]
     seconds_before = state["seconds_rl"]
     began = time.time()
     interrupted = catch_interrupt()
-    for step in range(first + 1, config.steps + 1):
-        if (step - first) % 25 == 1:
+    for step in range(start + 1, config.steps + 1):
+        if (step - start) % 25 == 1:
             print(report.HEADER)
         try:
             row, updates = rl_step(run, learner, step)
@@ -409,7 +413,7 @@ def rl(run: Run, state: dict):
         state["seconds_rl"] = seconds_before + time.time() - began
         state["responses"] += row["responses"]
         log.write(row, updates)
-        left = (time.time() - began) / (step - first) * (config.steps - step)
+        left = (time.time() - began) / (step - start) * (config.steps - step)
         report.print_row(row, state["evaluation"]["accuracy"], left)
         if "accuracy" in row:
             report.show(state["evaluation"], sampled, run.folder / "samples.txt", f"RL step {step}")
@@ -435,14 +439,13 @@ def catch_interrupt() -> list:
 
 # ---------------------------------------------------------------------------- what a run leaves
 
+RATIO_COLUMNS = ["loss", "clip_low", "clip_high", "clip_low_seq", "clip_high_seq", "log_s_mean",
+                 "log_s_std", "log_w_mean", "log_w_std", "outliers", "kl"]
 COLUMNS = ["step", "accuracy", "accuracy_greedy", "reward", "reward_thinking", "reward_direct",
            "think", "length", "length_thinking", "length_direct", "length_right", "length_wrong",
-           "truncated", "no_signal", "loss", "clip_low", "clip_high", "clip_low_seq",
-           "clip_high_seq", "log_s_mean", "log_s_std", "log_w_mean", "log_w_std", "outliers", "kl",
-           "kl_ref", "value_error", "entropy", "grad_norm", "expert_change", "expert_load",
-           "router_entropy", "tokens_per_second", "seconds", "seconds_rescoring"]
-UPDATE_COLUMNS = ["step", "mini_batch", *COLUMNS[COLUMNS.index("loss"):COLUMNS.index("kl_ref")],
-                  *report.LAYERED, "entropy", "grad_norm"]
+           "truncated", "no_signal", *RATIO_COLUMNS, "kl_ref", "value_error", "entropy",
+           "grad_norm", *report.LAYERED, "tokens_per_second", "seconds", "seconds_rescoring"]
+UPDATE_COLUMNS = ["step", "mini_batch", *RATIO_COLUMNS, "entropy", "grad_norm"]
 RUN_FILES = {"config.json", "metrics.csv", "updates.csv", "samples.txt", "summary.json",
              "cold_start.pt", "checkpoint.pt", "curves.png"}
 
@@ -462,8 +465,8 @@ def table_writer(path: Path, columns: list[str], step: int) -> csv.DictWriter:
 
 
 class Log:
-    """metrics.csv, a row for each RL step, and updates.csv, a row for each optimiser step, in which
-    a metric that the layers have apart, such as expert_change, has columns expert_change_0 ..."""
+    """metrics.csv, a row for each RL step, and updates.csv, a row for each optimiser step, with a
+    column for each layer of the per-layer metrics: expert_change_0, expert_change_1, ..."""
     def __init__(self, folder: Path, step: int, n_layer: int):
         layers = itertools.product(report.LAYERED, range(n_layer))
         layered = [f"{name}_{layer}" for name, layer in layers]
@@ -487,17 +490,18 @@ def save(path: Path, content: dict):
 
 
 def load(path: Path, remedy: str) -> dict:
-    """What `save` wrote: tensors and plain data, never code. ValueError if it cannot be read."""
+    """What `save` wrote: tensors and plain data, never code. One line and exit code 2, with the
+    remedy, if it cannot be read."""
     if not path.exists():
-        raise ValueError(f"there is no {path}; {remedy}")
+        fail(f"there is no {path}; {remedy}")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
         content["model"].items()        # whatever is saved here has weights
     except Exception as error:          # whatever a damaged file leads to
-        raise ValueError(f"{path} cannot be read ({type(error).__name__}); {remedy}") from error
+        fail(f"{path} cannot be read ({type(error).__name__}); {remedy}")
     if content.get("layout") != LAYOUT:
-        raise ValueError(f"{path} has layout {content.get('layout', 0)} of an older or newer "
-                         f"version, this one reads {LAYOUT}; {remedy}")
+        fail(f"{path} has layout {content.get('layout', 0)}, of an older or newer version of this "
+             f"program, which reads {LAYOUT}; {remedy}")
     return content
 
 
@@ -519,8 +523,8 @@ def last_run() -> Path:
 
 
 def is_free(folder: Path) -> bool:
-    """True if a new run may use the folder: it does not exist, or holds nothing but what a run
-    leaves that was killed before its first checkpoint."""
+    """True if a new run may use the folder: it does not exist, or has only files of a run that was
+    killed before its first checkpoint."""
     if not folder.exists():
         return True
     names = {path.name.removesuffix(".part") for path in folder.iterdir()}
@@ -530,7 +534,8 @@ def is_free(folder: Path) -> bool:
 # ---------------------------------------------------------------------------- the whole job
 
 def begin(run: Run, fresh: bool) -> dict:
-    """Stages 1 and 2 -> the state of a new run, which is what a checkpoint holds."""
+    """Stages 1 and 2 -> the state of a new run: what a checkpoint holds, but for the model, the
+    optimizer and the critic's head, which save_checkpoint adds."""
     for name in RUN_FILES:              # of a run that was killed before its first checkpoint
         (run.folder / name).unlink(missing_ok=True)
     seconds = cold_start(run, fresh)
@@ -545,12 +550,12 @@ def begin(run: Run, fresh: bool) -> dict:
     options = dataclasses.asdict(run.config) | task_options(run.task)
     return {"layout": LAYOUT, "options": options, "step": 0, "responses": 0, "seconds_rl": 0.0,
             "seconds_cold_start": seconds, "seconds_before_rl": seconds + time.time() - began,
-            "accuracy_teacher": teacher, "cold_start": evaluation, "evaluation": evaluation}
+            "accuracy_teacher": teacher, "first_evaluation": evaluation, "evaluation": evaluation}
 
 
 def finish(run: Run, state: dict):
     """Stage 4: summary.json, curves.png and a few words."""
-    cold = state["cold_start"]
+    cold = state["first_evaluation"]
     last = state["evaluation"]
     summary = {
         "accuracy_teacher": state["accuracy_teacher"], "accuracy_cold_start": cold["accuracy"],
@@ -584,8 +589,9 @@ def ask(run: Run, prompt: str):
 
 
 def inspect_update(run: Run, state: dict):
-    """Make all but the last optimiser step of the next RL step, in memory, and show the responses
-    of that last one: what they are to the model that has moved since it sampled them."""
+    """Sample groups that have a signal, make all optimiser steps on them but the last (with one:
+    that one), in memory, and show the responses of the last one: what they are to the model that
+    has moved since it sampled them."""
     config = run.config
     learner = new_learner(run, state)
     samples = sample_until_signal(run, random.Random(f"{config.seed} rl {state['step'] + 1}"))
@@ -593,7 +599,7 @@ def inspect_update(run: Run, state: dict):
     experience, _ = gspo.prepare(run.model, samples.rollout, rewards, config.settings(),
                                  learner.reference, learner.head)
     steps = max(1, config.mini_batches - 1)
-    gspo.update(run.model, learner.optimizer, experience, config.settings(), steps)
+    gspo.update(run.model, learner.optimizer, experience, config.settings(), first=steps)
     when = f"after RL step {state['step']}" if state["step"] else "after the cold start"
     title = (f"{run.folder}, {config.algorithm}: the model as it was {when} has sampled "
              f"{config.prompts} groups and made {steps} of {config.mini_batches} optimiser steps.")
@@ -617,7 +623,7 @@ def train(run: Run, state: dict | None, fresh: bool):
 # ---------------------------------------------------------------------------- the command line
 
 OPTION_GROUPS = (RunOptions, ModelOptions, ColdStartOptions, RLOptions, RelativesOptions)
-# What a resumed run may do otherwise than before.
+# The options that may differ with --resume.
 MAY_CHANGE = ("steps", "eval_every", "save_every", "device", "threads", "out")
 
 
@@ -629,12 +635,13 @@ def task_options(task) -> dict:
 def parse(argv: list[str] | None):
     """The command line -> config, task, what to do, and the state of the run to go on with, which
     is None for a new run. ValueError for what cannot be done."""
-    first = Parser(add_help=False)
-    first.add_argument("--task", default=RunOptions.task)
-    Task = tasks.task_class(first.parse_known_args(argv)[0].task)   # its fields are options too
+    task_parser = Parser(add_help=False)
+    task_parser.add_argument("--task", default=RunOptions.task)
+    task_name = task_parser.parse_known_args(argv)[0].task
+    Task = tasks.task_class(task_name)              # its fields are options too
     groups = {group.__doc__: group for group in OPTION_GROUPS}
     groups[f"the task {Task.__module__}"] = Task
-    given = vars(parser_for(__doc__, groups).parse_args(argv))
+    given = vars(parser_for(__doc__, groups).parse_args(argv))      # a flag not given is not there
     todo = {name: given.pop(name) for name in ("ask", "inspect", "eval_only", "resume", "fresh")}
     state = None
     if todo["ask"] is not None or todo["inspect"] or todo["eval_only"] or todo["resume"]:
@@ -693,7 +700,7 @@ def main(argv: list[str] | None = None):
         run.folder.mkdir(parents=True, exist_ok=True)
     except BrokenPipeError:
         raise
-    except (ValueError, OSError, RuntimeError, TypeError) as error:     # nothing has begun yet
+    except (ValueError, OSError, RuntimeError) as error:        # what the options or files lead to
         fail(error)
     if todo["eval_only"]:
         return report.show(*evaluate(run))

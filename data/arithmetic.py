@@ -10,7 +10,7 @@
     *  low digit first     digit * factor = product + carry = sum        7*6=42+0=42,4*6=24+4=28
     /  high digit first    rest,digit / divisor = quotient * divisor     8/6=1*6=6,8-6=2,
                            = product; the next rest is the difference    24/6=4*6=24,4-4=0
-                           of the last digits, because it is below 10
+                           of the last digits, borrowing 10 if needed
 
 Each step is a fact of a few digits, small enough that other problems nearly always share it.
 
@@ -148,7 +148,7 @@ class Task:
 
     def demonstrate(self, problem, rng, think=None):
         """The teacher's response, right or wrong; `think` decides whether it thinks."""
-        def slip(value, n):
+        def maybe_slip(value, n):
             if rng.random() >= self.slip:
                 return value
             return rng.choice([wrong for wrong in range(n) if wrong != value])
@@ -158,7 +158,7 @@ class Task:
         if think:
             op = problem.kind[0]
             a, b = map(int, problem.prompt[:-1].split(op))
-            steps, result = work(op, a, b, slip)
+            steps, result = work(op, a, b, maybe_slip)
             return f"<think>{','.join(steps)}</think>{result}"
         if rng.random() >= self.guess:
             return problem.answer

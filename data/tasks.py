@@ -9,8 +9,8 @@ A task is a file `data/NAME.py` with a class `Task`, a dataclass or not, that ha
 `rng` is a random.Random, the only source of chance. Two things are optional:
 
     held_out()                     -> a list of problems that `sample` never gives, for evaluation
-    problem.kind                   a short text such as "+3", for a table of accuracies: a line for
-                                   each first character, a column for each of its kinds
+    problem.kind                   a short text such as "+3", for the table of accuracies: kinds
+                                   that begin with the same character share a line
 
 If the class is a dataclass, its fields become options of the command line. Every character of a
 prompt or a demonstration must be in data/vocabulary.txt.
@@ -28,8 +28,8 @@ def task_class(name: str) -> type:
                          "class Task, as data/tasks.py says")
     Task = getattr(importlib.import_module(f"data.{name}"), "Task", None)
     if Task is None:
-        raise ValueError(f"task {name!r}: data/{name}.py has no class Task; data/tasks.py says what "
-                         "it needs")
+        raise ValueError(f"task {name!r}: data/{name}.py has no class Task; data/tasks.py says "
+                         "what it needs")
     missing = [method for method in METHODS if not callable(getattr(Task, method, None))]
     if missing:
         raise ValueError(f"task {name!r}: its class Task lacks {' and '.join(missing)}; "

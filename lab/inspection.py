@@ -72,9 +72,8 @@ def measure(run, part, advantage, ranges):
         clipped[name] = gspo.policy_loss(name, scores.logp, rollout.logp, advantage[None], mask,
                                          low, high)[1][mask]
     r = gspo.ratios(scores.logp, rollout.logp, mask)
-    before_response = slice(-mask.shape[1] - 1, -1)
-    old_routes = rollout.routes[:, :, before_response][:, mask]             # (L, n, K)
-    new_routes = scores.routes[:, :, before_response][:, mask]
+    old_routes = rollout.predicting(rollout.routes)[:, mask]                # (L, n, K)
+    new_routes = rollout.predicting(scores.routes)[:, mask]
     return Change(r.log_w[mask], r.log_s[0, 0].exp().item(), clipped["grpo"],
                   clipped["gspo"].any().item(), old_routes.tolist(), new_routes.tolist())
 

@@ -149,7 +149,7 @@ def test_trl(batch, monkeypatch, algorithm, loss_type, level):
     ours = our_loss(algorithm, batch, A, low, HIGH)
     agree(ours, trl_loss(loss_type, level, batch, A, low, their_high), batch.logp)
     # TRL adds up the KL as it does the loss, gspo.update as a mean of means: equal for these.
-    if gspo.ALGORITHMS[algorithm].token_weights is gspo.seq_mean_token_mean:
+    if gspo.ALGORITHMS[algorithm].aggregation is gspo.seq_mean_token_mean:
         kl = gspo.kl_loss(batch.logp, batch.logp_ref, batch.mask, batch.mean_weights)
         theirs = trl_loss(loss_type, level, batch, A, low, their_high, beta=0.5)
         agree(ours + 0.5 * kl, theirs, batch.logp)

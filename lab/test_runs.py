@@ -170,9 +170,9 @@ def test_dynamic_sampling_goes_on_until_every_group_has_a_signal():
     samples = train_py.sample_until_signal(run, train_py.random.Random(0))
     assert (samples.rewards[:, 0] != samples.rewards[:, 1]).all()
     assert samples.rewards.shape == (32, 2)
-    assert len(samples.responses) > 64
+    assert len(samples.all_responses) > 64
     # Each row still has the reward of its own response.
-    texts = [(r.text, r.reward) for r in samples.responses]
+    texts = [(r.text, r.reward) for r in samples.all_responses]
     for ids, n, reward in zip(samples.rollout.response.tolist(), samples.rollout.lengths,
                               samples.rewards.flatten().tolist()):
         ended = ids[n - 1] == run.tokenizer.eos_id
