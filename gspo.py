@@ -243,7 +243,10 @@ class Scores(NamedTuple):
 
 def score(model: MoETransformer, rollout: Rollout, temperature: float = 1.0,
           replay: bool = False) -> Scores:
-    """Score the responses of a rollout, on the distribution that they were sampled from."""
+    """Score the responses of a rollout, on the distribution that they were sampled from.
+
+    With `replay` the model activates the experts that the rollout has on record, rollout.routes, in
+    place of those that its router would choose today; their weights are today's."""
     T = rollout.logp.shape[1]
     routes = rollout.routes if replay else None
     out = model(rollout.tokens, rollout.mask, routes, logits_to_keep=T + 1)
@@ -315,9 +318,9 @@ def accumulate_gradient(model: MoETransformer, mini_batch: Experience,
     for rows in micro_batches(computed.rollout, settings):
         part = computed.select(rows)
         mask = part.rollout.response_mask
-        # logp_old was stored when the responses were sampled. In the first mini-batch the model has
-        # not moved since: every ratio is 1, up to rounding, and nothing is clipped. Each optimiser
-        # step moves the model further away.
+        # logp_old was stored by moe.generate when it sampled (or by rescore, before the update). In
+        # the first mini-batch the model has not moved since: every ratio is 1, up to rounding, and
+        # nothing is clipped. Each optimiser step moves the model further away.
         logp_old = part.rollout.logp
         scores = score(model, part.rollout, settings.temperature, settings.routing_replay != "none")
         loss, clipped = policy_loss(
@@ -457,9 +460,9 @@ def prepare(model: MoETransformer, rollout: Rollout, rewards: Tensor, settings: 
             head: nn.Module | None = None) -> tuple[Experience, dict]:
     """A rollout and its rewards (P, G) -> what `update` learns from, and metrics.
 
-    By default that is the rollout as it was sampled and its group advantages. The trainer scores it
-    again for settings that ask for it and for ppo, whose critic has the `head`. A `reference` is
-    the policy that the KL term holds on to."""
+    By default that is the rollout as it was sampled, with its group advantages. The trainer scores
+    it again, which replaces logp_old, for recompute_logp_old, for a correction, for routing replay
+    r2, and for ppo, whose critic has the `head`. The KL term holds on to the `reference`."""
     metrics = {}
     logp_sampler = rollout.logp
     corrected = settings.correction != "none"

@@ -946,7 +946,7 @@ def test_update_is_gradient_ascent_on_equation_5(mini_batches, rows_of_steps):
     assert_close(list(model.parameters()), list(slow.parameters()), atol=1e-6, rtol=1e-5)
 
 
-def test_steps_makes_only_the_first_so_many():
+def test_first_makes_only_so_many_steps():
     model, experience = drifted()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     steps = gspo.update(model, optimizer, experience, Settings(), first=3)
