@@ -17,8 +17,9 @@ GRPO (Eq. 12). When the log-ratio of one token jumps, say because the router sen
 experts, log s_i moves by only 1/|y_i| of that jump.
 
 The file is in reading order: advantages, Eq. 5 written out, ratios, clip, GSPO, GRPO, the loss, the
-update. From the banner "the relatives" on, nothing is needed to understand GSPO: the other
-objectives, with the table ALGORITHMS; what some of them need beside; the metrics.
+update. Behind the banner "the relatives" GSPO needs three things only: seq_mean_token_mean, its row
+in the table ALGORITHMS, and `prepare`, which turns a rollout and its rewards into advantages. The
+rest there is for the other objectives and for the metrics.
 
 Letters as in moe.py: B = P*G responses to P prompts, S columns, the last T of them the responses';
 N response tokens in a list, L layers, E experts, K active experts, D width. A is an advantage.
@@ -188,7 +189,7 @@ class Settings:
     temperature: float = 1.0
     max_grad_norm: float = 1.0
     max_new_tokens: int = 64            # the longest response, by which dr_grpo divides
-    micro_tokens: int = 8192            # columns of all rows computed at once: bounds the memory
+    micro_tokens: int = 8192            # rows times columns in a forward pass: bounds the memory
     routing_replay: str = "none"
     recompute_logp_old: bool = False
     correction: str = "none"
@@ -243,7 +244,8 @@ class Scores(NamedTuple):
 
 def score(model: MoETransformer, rollout: Rollout, temperature: float = 1.0,
           replay: bool = False) -> Scores:
-    """Score the responses of a rollout, on the distribution that they were sampled from.
+    """The log-probs of a rollout's responses under the model as it is now, at the temperature that
+    they were sampled with, and what else a pass over them gives.
 
     With `replay` the model activates the experts that the rollout has on record, rollout.routes, in
     place of those that its router would choose today; their weights are today's."""
@@ -265,9 +267,10 @@ def update(model: MoETransformer, optimizer: torch.optim.Optimizer, experience: 
            settings: Settings, first: int | None = None) -> list[dict]:
     """One optimiser step for each mini-batch of whole groups -> a dict of metrics for each step.
 
-    With `first`, only the first so many mini-batches. One in which every A is 0 has no step. The
-    optimizer must know the parameters of a critic's head too. FloatingPointError, before the step,
-    if the loss or the gradient is not finite."""
+    With `first`, only the first so many mini-batches. One in which every A is 0 has no step, unless
+    a KL term or a critic has something to learn. The optimizer must know the parameters of the
+    critic's head too. FloatingPointError, before the step, if the loss or the gradient is not
+    finite."""
     parameters = list(itertools.chain(*(group["params"] for group in optimizer.param_groups)))
     lengths = experience.rollout.lengths                                   # (B,)
     rows_of_groups = torch.arange(len(lengths), device=lengths.device)
@@ -282,7 +285,7 @@ def update(model: MoETransformer, optimizer: torch.optim.Optimizer, experience: 
         loss, step_metrics = result
         grad_norm = nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm).item()
         if not (isfinite(loss) and isfinite(grad_norm)):
-            raise FloatingPointError(f"loss {loss}, gradient norm {grad_norm}")
+            raise FloatingPointError(f"loss {loss}, gradient norm {grad_norm}; a lower lr may help")
         optimizer.step()
         metrics.append({"mini_batch": index, "loss": loss, "grad_norm": grad_norm} | step_metrics)
     return metrics
@@ -293,11 +296,12 @@ def accumulate_gradient(model: MoETransformer, mini_batch: Experience,
     """Add the gradient of a mini-batch's loss to the parameters, a part at a time -> the policy
     loss and the metrics; None if no response has a gradient.
 
-    The weights of the tokens are those of the whole mini-batch, so that the losses of the parts add
-    up to its loss, and their gradients to its gradient."""
+    The weights of the tokens are those of the whole mini-batch, and in the model no row influences
+    another: so the losses of the parts add up to its loss, and their gradients to its gradient."""
     lengths = mini_batch.rollout.lengths.float()                           # (B,)
     aggregation = find_algorithm(settings.algorithm).aggregation
     token_weights = aggregation(lengths, settings.max_new_tokens)          # (B,)
+    # The KL term and the critic are averaged alike under every algorithm.
     mean_weights = seq_mean_token_mean(lengths, settings.max_new_tokens)   # (B,)
     # A response with A = 0 counts in these weights but has no gradient: it is not computed, unless
     # another loss needs it.
@@ -320,7 +324,8 @@ def accumulate_gradient(model: MoETransformer, mini_batch: Experience,
         mask = part.rollout.response_mask
         # logp_old was stored by moe.generate when it sampled (or by rescore, before the update). In
         # the first mini-batch the model has not moved since: every ratio is 1, up to rounding, and
-        # nothing is clipped. Each optimiser step moves the model further away.
+        # nothing is clipped. Each optimiser step moves the model further away. (A sampler in lower
+        # precision whose log-probs are trusted is a little off from the start.)
         logp_old = part.rollout.logp
         scores = score(model, part.rollout, settings.temperature, settings.routing_replay != "none")
         loss, clipped = policy_loss(
@@ -334,7 +339,7 @@ def accumulate_gradient(model: MoETransformer, mini_batch: Experience,
 
 
 def micro_batches(rollout: Rollout, settings: Settings) -> tuple[Tensor, ...]:
-    """The numbers of the rows in parts, each as many rows as are computed at once."""
+    """The row numbers 0 .. B-1 in parts of at most `micro_tokens` cells, at least one row each."""
     B, S = rollout.tokens.shape
     rows = torch.arange(B, device=rollout.tokens.device)
     return rows.split(max(1, settings.micro_tokens // S))
@@ -344,7 +349,7 @@ def micro_batches(rollout: Rollout, settings: Settings) -> tuple[Tensor, ...]:
 
 def gspo_token(r: Ratios, A: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
     # Eq. 13-14: the value is s_i, the gradient that of the token alone. The bracket is exactly 0
-    # and must be formed first: s_i is so near 1 that adding it to logp would lose it to rounding.
+    # and must be formed first: log s_i is so near 0 that adding it to logp would round it away.
     log_s = (r.logp - r.logp.detach()) + r.log_s.detach()
     return clip(log_s.exp(), A, low, high)
 
@@ -461,8 +466,9 @@ def prepare(model: MoETransformer, rollout: Rollout, rewards: Tensor, settings: 
     """A rollout and its rewards (P, G) -> what `update` learns from, and metrics.
 
     By default that is the rollout as it was sampled, with its group advantages. The trainer scores
-    it again, which replaces logp_old, for recompute_logp_old, for a correction, for routing replay
-    r2, and for ppo, whose critic has the `head`. The KL term holds on to the `reference`."""
+    it again, which replaces logp_old and the routes, for recompute_logp_old, for a correction, for
+    routing replay r2, and for ppo, whose critic has the `head`. For the KL term, it is scored under
+    the `reference` too."""
     metrics = {}
     logp_sampler = rollout.logp
     corrected = settings.correction != "none"
@@ -518,8 +524,9 @@ def mismatch_weights(kind: str, logp_old: Tensor, logp_sampler: Tensor) -> Tenso
 
 def kl_loss(logp: Tensor, logp_ref: Tensor, mask: Tensor, weights: Tensor) -> Tensor:
     """KL(policy || reference), a scalar: the sum over all tokens of weights (B,) times
-    k3 = x - 1 - log x with x = pi_ref / pi, which is never negative and, over tokens sampled from
-    the policy, unbiased. logp, logp_ref and mask are (B, T)."""
+    k3 = x - 1 - log x with x = pi_ref / pi, as in GRPO. Its value is never negative and unbiased
+    over tokens of the policy. Its gradient, with the tokens held fixed, is in expectation that of
+    KL(reference || policy). logp, logp_ref and mask are (B, T)."""
     log_x = -ratios(logp, logp_ref, mask).log_w
     return ((log_x.expm1() - log_x).sum(dim=1) * weights).sum()
 
@@ -601,8 +608,8 @@ def ratio_metrics(logp: Tensor, logp_old: Tensor, advantages: Tensor, clipped: T
 
 
 def routing_metrics(old: Tensor, new: Tensor, router_logits: Tensor) -> dict[str, list[float]]:
-    """What the router of each layer does: the active experts at sampling and now, (L, N, K) each,
-    compared as sets, and its logits now (L, N, E) -> a list of L floats for each metric."""
+    """What the router of each layer does: the experts on record and those of this pass, (L, N, K)
+    each, compared as sets, and its logits now (L, N, E) -> L floats for each metric."""
     stayed = (old[..., :, None] == new[..., None, :]).any(dim=-1)          # (L, N, K)
     pairs = one_hot(new.long(), router_logits.shape[-1]).sum(dim=(1, 2)).float()       # (L, E)
     probs = router_logits.softmax(dim=-1)                                  # (L, N, E)

@@ -318,7 +318,8 @@ class Rollout:
     a column predict the token of the next one: the columns 2, 3 and 4 score these responses."""
     tokens: Tensor      # (B, S)
     mask: Tensor        # (B, S) True for real tokens
-    logp: Tensor        # (B, T) log-prob of each response token when it was sampled; 0 in padding
+    logp: Tensor        # (B, T) log-prob of each response token under the old policy, when it was
+                        # sampled or by gspo.rescore; 0 in padding
     routes: Tensor      # (L, B, S, K) active experts, uint8; any distinct ones in padding and for
                         # the last token of a response, which the sampler does not compute
     group_size: int     # holds for whole groups only, not for any rows that you select

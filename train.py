@@ -13,7 +13,7 @@
     4  report       what happened, in words, numbers and curves                     finish
 
 All chance comes from (seed, stage, step). So a checkpoint needs only the weights, the optimiser and
-the number of the step to go on exactly as if nothing had happened.
+the number of the step to go on exactly as if nothing had happened (on a CPU, with as many threads).
 """
 import ast
 import copy
@@ -77,9 +77,10 @@ class RLOptions:
     lr: float = option(3e-4, "learning rate: gentle, the policy must stay near the sampler's", 0, 1)
     clip_low: float = option(None, "lower clip range (default: the algorithm's, gspo 3e-3)", 0, 1)
     clip_high: float = option(None, "upper one (default: the algorithm's, gspo 4e-3)", 0, 100)
-    routing_replay: str = option("none", "update with the experts that were active before it: r2, "
-                                 "in a pass of the trainer, which scores again too; r3, in the "
-                                 "sampler", choices=("none", "r2", "r3"))
+    routing_replay: str = option("none", "experts that the update activates: those that the router "
+                                 "chooses now (none), those of a pass of the trainer before it, "
+                                 "which scores again too (r2), or those of the sampler (r3)",
+                                 choices=("none", "r2", "r3"))
     temperature: float = option(1.0, "of sampling and of scoring: the policy as it is", 0.01, 100)
     max_new_tokens: int = option(64, "a response without an end by then is worth 0", 1, 1000)
     max_grad_norm: float = option(1.0, "longer gradients are shortened to this", 1e-6)
@@ -361,14 +362,14 @@ def rl_step(run: Run, learner: Learner, step: int) -> tuple[dict, list[dict]]:
     began = time.time()
     rng = random.Random(f"{run.config.seed} rl {step}")
     settings = run.config.settings()
-    # Steps 1 and 2 of GSPO: sample G responses to each of P problems, reward them.
+    # Sample G responses to each of P problems, and reward them.
     collect = sample_until_signal if run.config.dynamic_sampling else sample_and_reward
     samples = collect(run, rng)
-    # Step 3, advantages: how good is a response beside its siblings?
+    # Advantages: how good is a response beside its siblings?
     experience, metrics = gspo.prepare(
         run.model, samples.rollout, samples.rewards.to(samples.rollout.logp.device), settings,
         learner.reference, learner.head)
-    # Steps 4 to 6, ratio, clip and update: `mini_batches` times, each with its own groups.
+    # Ratio, clip and optimiser step: `mini_batches` times, each with its own groups.
     updates = gspo.update(run.model, learner.optimizer, experience, settings)
 
     seconds = time.time() - began
@@ -402,9 +403,9 @@ def rl(run: Run, state: dict):
             print(report.HEADER)
         try:
             row, updates = rl_step(run, learner, step)
-        except FloatingPointError as error:
+        except (FloatingPointError, ValueError) as error:       # the latter: a reward of NaN
             sys.exit(f"train.py: RL step {step}: {error}; {run.folder}/checkpoint.pt has the model "
-                     f"as it was after step {saved_step}. A lower --lr may help.")
+                     f"as it was after step {saved_step}")
         if step % config.eval_every == 0 or step == config.steps:
             state["evaluation"], sampled = evaluate(run)
             row["accuracy"] = state["evaluation"]["accuracy"]
@@ -623,7 +624,7 @@ def train(run: Run, state: dict | None, fresh: bool):
 # ---------------------------------------------------------------------------- the command line
 
 OPTION_GROUPS = (RunOptions, ModelOptions, ColdStartOptions, RLOptions, RelativesOptions)
-# The options that may differ with --resume.
+# The options that may differ with --resume. Other threads or another device round otherwise.
 MAY_CHANGE = ("steps", "eval_every", "save_every", "device", "threads", "out")
 
 

@@ -4,7 +4,7 @@ A task is a file `data/NAME.py` with a class `Task`, a dataclass or not, that ha
 
     sample(rng)                    -> a problem: any object with a text `problem.prompt`
     demonstrate(problem, rng)      -> a response to imitate, right or wrong: a text
-    reward(problem, response)      -> a number, for any text `response`
+    reward(problem, response)      -> a finite number, for any text `response`
 
 `rng` is a random.Random, the only source of chance. Two things are optional:
 

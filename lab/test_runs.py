@@ -119,6 +119,13 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(train,
     assert train("--ask", "4+4=") == 0
 
 
+def test_a_reward_that_is_no_number_stops_the_run_and_keeps_the_checkpoint(train, monkeypatch):
+    monkeypatch.setattr(arithmetic.Task, "reward", lambda self, problem, response: nan)
+    message = train(*SHORT, "5")
+    assert "rewards must be finite" in message
+    assert "out/run-1/checkpoint.pt" in message
+
+
 # ------------------------------------------------------------------------------------ one RL step
 
 class Odd(arithmetic.Task):
