@@ -593,6 +593,8 @@ def inspect_update(run: Run, state: dict):
     """Sample groups that have a signal, make all optimiser steps on them but the last (with one:
     that one), in memory, and show the responses of the last one: what they are to the model that
     has moved since it sampled them."""
+    print("Look at the two ratios: GRPO's jumps from token to token, GSPO's is one for the whole "
+          "response.")
     config = run.config
     learner = new_learner(run, state)
     samples = sample_until_signal(run, random.Random(f"{config.seed} rl {state['step'] + 1}"))

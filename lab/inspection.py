@@ -155,8 +155,7 @@ def show_update(title, run, experience, rewards, rows):
         kind = "right" if rewards[row] > 0 else "wrong"
         if kind not in chosen or contrast(change) > contrast(chosen[kind][1]):
             chosen[kind] = (row, change)
-    print("Look at the two ratios: GRPO's jumps from token to token, GSPO's is one for the whole "
-          f"response.\n{title}")
+    print(title)
     if not chosen:
         print("No response has a signal.")
         return
