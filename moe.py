@@ -430,7 +430,7 @@ def generate(model: MoETransformer, prompts: list[list[int]], group_size: int, m
 
     A response ends with `eos_id` or is cut after `max_new_tokens`. No top-k or top-p: the trainer
     scores the very distribution that was sampled. Temperature 0 takes the likeliest token, with its
-    log-prob at temperature 1. All chance comes from `generator`, a CPU one. Errors: check_request."""
+    log-prob at temperature 1. Chance comes from `generator`, a CPU one. Errors: check_request."""
     check_request(model.config, prompts, group_size, max_new_tokens, temperature)
     device = model.embed.weight.device
     eos_id = -1 if eos_id is None else eos_id       # no token has the id -1
