@@ -137,7 +137,8 @@ class Attention(nn.Module):
         self.q_norm = nn.RMSNorm(self.C, config.norm_eps)
         self.k_norm = nn.RMSNorm(self.C, config.norm_eps)
 
-    def forward(self, x, freqs_cis, visible, places, cache=None):
+    def forward(self, x: Tensor, freqs_cis: Tensor, visible: Tensor, places: Tensor,
+                cache: LayerCache | None = None) -> Tensor:
         """x (N, D), freqs_cis (N, 1, C/2), visible (B, 1, T, S), places (N,) -> (N, D)."""
         B, _, T, _ = visible.shape
         q = self.q(x).unflatten(1, (-1, self.C))                        # (N, H, C)
@@ -167,7 +168,7 @@ class Experts(nn.Module):
         self.up = nn.Parameter(torch.empty(E, config.d_expert, D))
         self.down = nn.Parameter(torch.empty(E, D, config.d_expert))
 
-    def forward(self, x: Tensor, routes: Tensor | None = None):
+    def forward(self, x: Tensor, routes: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """x (N, D) -> y (N, D), routes (N, K), router_logits (N, E).
 
         `routes` that you pass in are activated in place of the router's own choice (replay)."""
@@ -201,7 +202,8 @@ class Layer(nn.Module):
         self.experts_norm = nn.RMSNorm(config.d_model, config.norm_eps)
         self.experts = Experts(config)
 
-    def forward(self, x, freqs_cis, visible, places, cache, routes):
+    def forward(self, x: Tensor, freqs_cis: Tensor, visible: Tensor, places: Tensor,
+                cache: LayerCache | None, routes: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         x = x + self.attention(self.attention_norm(x), freqs_cis, visible, places, cache)
         y, routes, router_logits = self.experts(self.experts_norm(x), routes)
         return x + y, routes, router_logits
@@ -376,7 +378,8 @@ class Rollout:
                        torch.cat(routes, dim=1), rollouts[0].group_size)
 
 
-def check_request(config, prompts, group_size, max_new_tokens, temperature):
+def check_request(config: MoEConfig, prompts: list[list[int]], group_size: int,
+                  max_new_tokens: int, temperature: float):
     """ValueError, naming what is wrong, for a request that `generate` cannot serve."""
     if not prompts or not all(prompts):
         raise ValueError("prompts must be lists of at least one token id")

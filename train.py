@@ -75,8 +75,9 @@ class RLOptions:
     group_size: int = option(8, "responses to a problem: each other's baseline", 2)
     mini_batches: int = option(4, "optimiser steps per rollout, as in the paper", 1)
     lr: float = option(3e-4, "learning rate: gentle, the policy must stay near the sampler's", 0, 1)
-    clip_low: float = option(None, "lower clip range (default: the algorithm's, gspo 3e-3)", 0, 1)
-    clip_high: float = option(None, "upper one (default: the algorithm's, gspo 4e-3)", 0, 100)
+    clip_low: float = option(None, "lower clip range (default: as in the table ALGORITHMS of "
+                             "gspo.py)", 0, 1)
+    clip_high: float = option(None, "upper clip range (default: as in that table)", 0, 100)
     routing_replay: str = option("none", "experts that the update activates: those that the router "
                                  "chooses now (none), those of a pass of the trainer before it, "
                                  "which scores again too (r2), or those of the sampler (r3)",
@@ -635,7 +636,7 @@ def task_options(task) -> dict:
     return dataclasses.asdict(task) if dataclasses.is_dataclass(task) else {}
 
 
-def parse(argv: list[str] | None):
+def parse(argv: list[str] | None) -> tuple[Config, object, dict, dict | None]:
     """The command line -> config, task, what to do, and the state of the run to go on with, which
     is None for a new run. ValueError for what cannot be done."""
     task_parser = Parser(add_help=False)

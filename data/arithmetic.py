@@ -25,6 +25,7 @@ import itertools
 import os
 import random
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -38,17 +39,17 @@ class Problem:
     kind: str           # "+3": the operation and the digits of the larger operand
 
 
-def is_held_out(op, a, b):
+def is_held_out(op: str, a: int, b: int) -> bool:
     """A tenth of all problems, chosen by a stable hash; 3+58 and 58+3 are on the same side."""
     name = f"{max(a, b)}{op}{min(a, b)}".encode()
     return hashlib.sha256(name).digest()[0] < 26
 
 
-def random_number(digits, rng):
+def random_number(digits: int, rng: random.Random) -> int:
     return rng.randrange(10 ** (digits - 1) if digits > 1 else 0, 10 ** digits)
 
 
-def random_problem(op, digits, rng, held_out=False):
+def random_problem(op: str, digits: int, rng: random.Random, held_out: bool = False) -> Problem:
     """A problem whose larger operand has that many digits, on the wanted side of the split."""
     while True:
         a = random_number(digits, rng)
@@ -66,7 +67,7 @@ def random_problem(op, digits, rng, held_out=False):
             return Problem(f"{left}{op}{right}=", str(calculate(op, left, right)), f"{op}{digits}")
 
 
-def calculate(op, a, b):
+def calculate(op: str, a: int, b: int) -> int:
     if op == "+":
         return a + b
     if op == "-":
@@ -76,7 +77,7 @@ def calculate(op, a, b):
     return a // b
 
 
-def work(op, a, b, slip):
+def work(op: str, a: int, b: int, slip: Callable) -> tuple[list[str], int]:
     """The steps of a calculation and its result; `slip(value, n)` may give a wrong one below n."""
     if op == "/":
         return divide(a, b, slip)
@@ -103,7 +104,7 @@ def work(op, a, b, slip):
     return steps, int(result if op == "-" else f"{carry}{result}")
 
 
-def divide(a, b, slip):
+def divide(a: int, b: int, slip: Callable) -> tuple[list[str], int]:
     """The steps of a division and its result; the rest is carried from the high digit down."""
     steps = []
     result = ""
@@ -131,13 +132,13 @@ class Task:
     guess: float = field(default=0.3, metadata={
         "help": "chance that an answer given at once is wrong", "low": 0, "high": 1})
 
-    def sample(self, rng):
+    def sample(self, rng: random.Random) -> Problem:
         """A random problem, never a held-out one. The harder ones come more often: 3 digits three
         times as often as 1, division twice as often as each other operation."""
         digits = range(1, self.max_digits + 1)
         return random_problem(rng.choice("+-*//"), rng.choices(digits, digits)[0], rng)
 
-    def held_out(self, per_kind=40):
+    def held_out(self, per_kind: int = 40) -> list[Problem]:
         """The fixed test set: `per_kind` problems of each operation and number of digits.
 
         There are few one-digit problems to hold out (4 subtractions, 8 divisions), so each of these
@@ -146,7 +147,7 @@ class Task:
         kinds = itertools.product(OPERATIONS, range(1, self.max_digits + 1), range(per_kind))
         return [random_problem(op, digits, rng, held_out=True) for op, digits, _ in kinds]
 
-    def demonstrate(self, problem, rng, think=None):
+    def demonstrate(self, problem: Problem, rng: random.Random, think: bool | None = None) -> str:
         """The teacher's response, right or wrong; `think` decides whether it thinks."""
         def maybe_slip(value, n):
             if rng.random() >= self.slip:
@@ -167,7 +168,7 @@ class Task:
             wrong = random_number(len(problem.answer), rng)
         return str(wrong)
 
-    def reward(self, problem, response):
+    def reward(self, problem: Problem, response: str) -> float:
         """1.0 if what follows the thinking is the answer, digit for digit, else 0.0.
 
         Any text gets a number in one pass: it is compared as text, nothing is evaluated."""
@@ -178,7 +179,8 @@ class Task:
         return float(answer == problem.answer and not nested)
 
 
-def share_right(task, problems, rng):
+def share_right(task: Task, problems: list[Problem], rng: random.Random) -> float:
+    """How often the teacher is right."""
     return sum(task.reward(p, task.demonstrate(p, rng)) for p in problems) / len(problems)
 
 

@@ -1,11 +1,15 @@
 """Batches of the teacher's demonstrations for the cold start."""
 import itertools
 import random
+from collections.abc import Iterator
 
 import torch
 
 
-def demonstrations(task, tokenizer, rng, n=3000):
+Example = tuple[list[int], list[int]]       # prompt and response
+
+
+def demonstrations(task, tokenizer, rng: random.Random, n: int = 3000) -> list[Example]:
     """n pairs (prompt, response) of lists of token ids, the response with its end token.
     ValueError, naming the character, for one that has no token."""
     examples = []
@@ -17,7 +21,7 @@ def demonstrations(task, tokenizer, rng, n=3000):
     return examples
 
 
-def check(task, tokenizer, max_prompt, max_response):
+def check(task, tokenizer, max_prompt: int, max_response: int):
     """ValueError if the model has no room for what the task asks or the teacher says."""
     for prompt, response in demonstrations(task, tokenizer, random.Random("check")):
         if not prompt:
@@ -30,12 +34,12 @@ def check(task, tokenizer, max_prompt, max_response):
                              f"{len(response)} at {tokenizer.decode(prompt)!r}; raise it")
 
 
-def length(example):
+def length(example: Example) -> int:
     prompt, response = example
     return len(prompt) + len(response)
 
 
-def batches(task, tokenizer, seed, max_tokens):
+def batches(task, tokenizer, seed: int, max_tokens: int) -> Iterator[list[Example]]:
     """Endless batches of at most `max_tokens` real tokens: lists of pairs (prompt, response).
 
     Examples of similar length stand together, so that a batch has little padding."""
@@ -55,7 +59,8 @@ def batches(task, tokenizer, seed, max_tokens):
         yield from pool_batches
 
 
-def collate(batch, pad_id, device):
+def collate(batch: list[Example], pad_id: int,
+            device: torch.device) -> tuple[torch.Tensor, torch.Tensor, int]:
     """A batch of b pairs -> tokens (b, S), mask (b, S), and T, the columns of the responses: the
     rectangle of moe.Rollout.
 
