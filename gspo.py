@@ -439,6 +439,7 @@ ALGORITHMS = {
 
 
 def find_algorithm(name: str) -> Algorithm:
+    """The row of the table. ValueError, with the names that there are, for another name."""
     if name not in ALGORITHMS:
         raise ValueError(f"algorithm is {name!r}; it can be one of {', '.join(ALGORITHMS)}")
     return ALGORITHMS[name]

@@ -1033,6 +1033,45 @@ def test_a_correction_weighs_tokens_by_how_far_off_the_sampler_was():
     closely(experience.rollout.logp, rollout.logp)
 
 
+def step_of(settings):
+    """How far one update moves the parameters at a learning rate of 1 -> one vector."""
+    model, experience = drifted()
+    before = torch.nn.utils.parameters_to_vector(model.parameters()).detach()
+    gspo.update(model, torch.optim.SGD(model.parameters(), lr=1.0), experience, settings)
+    return torch.nn.utils.parameters_to_vector(model.parameters()).detach() - before
+
+
+def test_a_long_gradient_is_shortened_to_max_grad_norm():
+    whole = step_of(Settings(mini_batches=1, max_grad_norm=1e9))
+    short = step_of(Settings(mini_batches=1, max_grad_norm=whole.norm().item() / 2))
+    closely(short, whole / 2)
+
+
+def test_dr_grpo_divides_by_the_longest_response_there_can_be():
+    once = step_of(Settings("dr_grpo", mini_batches=1, max_grad_norm=1e9, max_new_tokens=10))
+    twice = step_of(Settings("dr_grpo", mini_batches=1, max_grad_norm=1e9, max_new_tokens=20))
+    closely(once, 2 * twice)
+
+
+def test_rescoring_under_r3_replays_the_experts_of_the_sampler():
+    model, experience = drifted()
+    rollout = replace(experience.rollout, routes=experience.rollout.routes.flip(1))
+    settings = Settings(routing_replay="r3", recompute_logp_old=True)
+    rescored, _ = gspo.prepare(model, rollout, REWARDS, settings)
+    assert torch.equal(rescored.rollout.logp, gspo.score(model, rollout, replay=True).logp)
+    assert not torch.allclose(rescored.rollout.logp, gspo.score(model, rollout).logp)
+
+
+def test_gamma_and_lambda_of_the_settings_reach_the_critic():
+    rollout = sample(tiny())
+    reward = torch.ones(12)
+    settings = Settings("ppo", gamma=0.5, gae_lambda=1.0)
+    _, critic = gspo.ppo_advantages(rollout, None, 0 * rollout.logp, reward, settings)
+    from_the_end = rollout.response_mask.flip(1).cumsum(dim=1).flip(1) - 1
+    expected = 0.5 ** from_the_end
+    closely(critic.returns[rollout.response_mask], expected[rollout.response_mask])
+
+
 def test_a_gradient_that_is_not_finite_never_reaches_the_weights():
     model, experience = drifted()
     experience = replace(experience, advantages=experience.advantages * nan)

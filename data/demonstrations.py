@@ -5,7 +5,6 @@ from collections.abc import Iterator
 
 import torch
 
-
 Example = tuple[list[int], list[int]]       # prompt and response
 
 
@@ -61,7 +60,7 @@ def batches(task, tokenizer, seed: int, max_tokens: int) -> Iterator[list[Exampl
 
 def collate(batch: list[Example], pad_id: int,
             device: torch.device) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """A batch of b pairs -> tokens (b, S), mask (b, S), and T, the columns of the responses: the
+    """A batch of B pairs -> tokens (B, S), mask (B, S), and T, the columns of the responses: the
     rectangle of moe.Rollout.
 
         prompt 3 10, response 7 9          tokens   .  3 10 |  7  9      mask   . x x | x x
@@ -75,5 +74,5 @@ def collate(batch: list[Example], pad_id: int,
         left = W - len(prompt)
         right = T - len(response)
         tokens.append([pad_id] * left + prompt + response + [pad_id] * right)
-        mask.append([False] * left + [True] * length((prompt, response)) + [False] * right)
+        mask.append([False] * left + [True] * (len(prompt) + len(response)) + [False] * right)
     return torch.tensor(tokens, device=device), torch.tensor(mask, device=device), T

@@ -5,8 +5,12 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+
+import gspo
 
 HOUSE = Path(__file__).parent.parent
 OURS = {"moe", "gspo", "train", "test_gspo", "data", "lab", "results"}
@@ -62,6 +66,32 @@ def test_links_to_files_lead_somewhere(page):
     for link in re.findall(r"\]\(([^)#]+)[^)]*\)", text):
         if not link.startswith("http"):
             assert ((HOUSE / page).parent / link).exists(), link
+
+
+def test_the_objective_of_the_readme_is_a_row_like_any_other(monkeypatch):
+    code, = re.findall(r"```py\n(def soft.*?)```", README, re.DOTALL)
+    monkeypatch.setattr(gspo, "ALGORITHMS", dict(gspo.ALGORITHMS))
+    exec(code, vars(gspo).copy())
+    logp = torch.randn(4, 5, requires_grad=True)
+    advantages = torch.tensor([1.0, -1.0, 0.5, -0.5])
+    loss, _ = gspo.policy_loss("soft", logp, logp.detach(), advantages, torch.ones(4, 5))
+    loss.backward()
+    # At equal policies tanh has slope 1: the gradient is that of GSPO, -A / (B |y|).
+    torch.testing.assert_close(logp.grad, (-advantages / 20)[:, None].expand(4, 5))
+
+
+def test_the_loss_in_ones_own_trainer_as_the_readme_has_it():
+    code, = re.findall(r"```py\n(from gspo.*?)```", README, re.DOTALL)
+    tokens = torch.randint(7, (4, 8))
+    embedding = torch.nn.Embedding(7, 7)
+    names = {
+        "model": lambda tokens: SimpleNamespace(logits=embedding(tokens)),
+        "tokens": tokens, "prompt_length": 3, "responses": tokens[:, 3:],
+        "rewards": torch.tensor([[1.0, 0.0], [0.0, 1.0]]), "mask": torch.ones(4, 5),
+        "logp_old": torch.full((4, 5), -2.0)}
+    exec(code, names)
+    assert embedding.weight.grad.abs().sum() > 0
+    assert names["clipped"].shape == (4, 5)
 
 
 def test_the_task_of_the_readme_runs(tmp_path):
