@@ -34,10 +34,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim.lr_scheduler import LambdaLR
 
 import gspo
 import moe
 from data import demonstrations, tasks
+from data.queries import Queries
 from data.tokenizer import Tokenizer
 from lab import report
 from lab.options import Parser, fail, option, parser_for
@@ -61,7 +63,8 @@ class ModelOptions:
 class ColdStartOptions:
     """the cold start: imitation of the teacher"""
     cold_steps: int = option(4500, "steps of imitation: until the thinking is mostly right", 1)
-    cold_lr: float = option(6e-3, "peak learning rate; so small a model bears a high one", 0, 1)
+    muon_lr: float = option(0.02, "peak learning rate of the matrices in the layers", 0, 1)
+    cold_lr: float = option(6e-3, "peak learning rate of all other parameters", 0, 1)
     cold_tokens: int = option(2560, "tokens in a batch, padding not counted", 64)
     balance: float = option(0.01, "weight of the loss that keeps all experts in use", 0, 10)
 
@@ -71,6 +74,9 @@ class RLOptions:
     """RL"""
     algorithm: str = option("gspo", "the objective", choices=tuple(gspo.ALGORITHMS))
     steps: int = option(500, "RL steps; by then nearly every group is all right", 0)
+    queries: str = option("adaptive", "which kinds of problem to ask most: those that are sometimes "
+                          "answered right (adaptive), or all alike (uniform); a task without kinds "
+                          "decides itself", choices=("adaptive", "uniform"))
     prompts: int = option(32, "problems in a step", 1)
     group_size: int = option(8, "responses to a problem: each other's baseline", 2)
     mini_batches: int = option(4, "optimiser steps per rollout, as in the paper", 1)
@@ -137,7 +143,7 @@ class Config(RunOptions, RelativesOptions, RLOptions, ColdStartOptions, ModelOpt
 
 
 MAX_PROMPT = 64     # tokens
-LAYOUT = 1          # of a checkpoint; raise it when older ones can no longer be read
+LAYOUT = 2          # of a checkpoint; raise it when older ones can no longer be read
 
 
 class Run(NamedTuple):
@@ -158,6 +164,54 @@ class Response(NamedTuple):
 
 # ---------------------------------------------------------------------------- 1 the cold start
 
+def orthogonalise(matrices: Tensor) -> Tensor:
+    """Matrices (..., m, n) -> matrices with the same singular vectors, whose singular values are all
+    near 1, from 0.7 to 1.2 (for those that were not tiny beside the others).
+
+    Five Newton-Schulz steps, each the odd polynomial a x + b x^3 + c x^5 of the singular values,
+    with the coefficients of Jordan's Muon (kellerjordan.github.io/posts/muon)."""
+    x = matrices / matrices.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    for _ in range(5):
+        square = x @ x.mT                                                   # (..., m, m)
+        x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
+    return x
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, of which each matrix takes a step of equal length in all directions: rare features
+    learn as fast as common ones. A parameter of more than two dimensions is a stack of matrices;
+    torch.optim.Muon takes only single ones."""
+    def __init__(self, parameters: list[nn.Parameter], lr: float, momentum: float = 0.95,
+                 weight_decay: float = 0.0):
+        super().__init__(parameters, {"lr": lr, "momentum": momentum,
+                                      "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                state = self.state[parameter]
+                if not state:
+                    state["average"] = torch.zeros_like(parameter)
+                average = state["average"]
+                average.mul_(group["momentum"]).add_(parameter.grad)
+                ahead = parameter.grad + group["momentum"] * average        # Nesterov
+                m, n = parameter.shape[-2:]
+                change = orthogonalise(ahead) * max(1, m / n) ** 0.5
+                parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                parameter.sub_(group["lr"] * change)
+
+
+def cold_optimizers(config: Config, model: moe.MoETransformer) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices inside the layers; AdamW for vectors, embedding and unembedding."""
+    matrices = [parameter for parameter in model.layers.parameters() if parameter.dim() > 1]
+    others = [model.embed.weight, model.unembed.weight, *model.norm.parameters(),
+              *(parameter for parameter in model.layers.parameters() if parameter.dim() == 1)]
+    return [Muon(matrices, config.muon_lr, weight_decay=0.05),
+            torch.optim.AdamW(others, config.cold_lr, betas=(0.9, 0.95), weight_decay=0.05,
+                              fused=True)]
+
+
 def cold_start(run: Run, fresh: bool) -> float:
     """Imitate the teacher, from random weights -> the seconds that took. The result is kept in out/
     for later runs that would make the same, unless `fresh`."""
@@ -172,13 +226,12 @@ def cold_start(run: Run, fresh: bool) -> float:
 
     print(f"1 cold start: {config.cold_steps} steps of imitation")
     device = model.embed.weight.device
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.05,
-                                  fused=True)
+    optimizers = cold_optimizers(config, model)
+    schedules = [LambdaLR(optimizer, lambda done: min((done + 1) / 50, 1 - done / config.cold_steps))
+                 for optimizer in optimizers]       # 50 steps up, then down to almost 0
     began = time.time()
     batches = demonstrations.batches(run.task, run.tokenizer, config.seed, config.cold_tokens)
     for step in range(1, config.cold_steps + 1):
-        for group in optimizer.param_groups:        # 50 steps up, then down to almost 0
-            group["lr"] = config.cold_lr * min(step / 50, 1 - (step - 1) / config.cold_steps)
         tokens, mask, T = demonstrations.collate(next(batches), run.tokenizer.pad_id, device)
         out = model(tokens, mask, logits_to_keep=T + 1)
         # The logits of a column predict the token of the next one; only responses are imitated.
@@ -188,13 +241,15 @@ def cold_start(run: Run, fresh: bool) -> float:
         total = F.cross_entropy(predicted, target, reduction="sum")         # nats
         # Divide by a constant, not by N: a token weighs the same in every batch.
         loss = total / config.cold_tokens
-        optimizer.zero_grad()
+        model.zero_grad()
         (loss + config.balance * moe.balance_loss(out, mask)).backward()
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
         if not torch.isfinite(loss + grad_norm):
             sys.exit(f"train.py: cold start step {step}: loss {loss.item()}, gradient norm "
                      f"{grad_norm.item()}; there is no checkpoint yet. A lower --cold_lr may help.")
-        optimizer.step()
+        for optimizer, schedule in zip(optimizers, schedules):
+            optimizer.step()
+            schedule.step()
         if step % 100 == 0 or step == config.cold_steps:
             left = (time.time() - began) / step * (config.cold_steps - step)
             print(f"  step {step:5}   loss {total / len(target):.3f} nats a token   "
@@ -314,10 +369,10 @@ def overlong_penalty(lengths: Tensor, longest: int, margin: int) -> Tensor:
     return ((longest - margin - lengths) / margin).clamp(-1, 0)
 
 
-def sample_and_reward(run: Run, rng: random.Random) -> Samples:
+def sample_and_reward(run: Run, queries: Queries, rng: random.Random) -> Samples:
     """P new problems, G responses to each, their rewards. `rng` is where all chance comes from."""
     config = run.config
-    problems = [run.task.sample(rng) for _ in range(config.prompts)]
+    problems = queries.draw(config.prompts, rng)
     generator = torch.Generator().manual_seed(rng.getrandbits(63))
     model = copy.deepcopy(run.model).bfloat16() if config.sampler == "bfloat16" else run.model
     rollout = sample_responses(run, model, problems, config.group_size, config.temperature,
@@ -330,14 +385,14 @@ def sample_and_reward(run: Run, rng: random.Random) -> Samples:
     return Samples(rollout, rewards + penalty.view_as(rewards), has_signal, responses)
 
 
-def sample_until_signal(run: Run, rng: random.Random) -> Samples:
+def sample_until_signal(run: Run, queries: Queries, rng: random.Random) -> Samples:
     """Dynamic sampling (DAPO): drop groups that are all right or all wrong and sample new problems
     until there are P groups. After the last round, dropped groups of that round fill the gaps."""
     P = run.config.prompts
     kept = []                   # pairs: Samples, and the numbers of the groups to keep of them
     missing = P
     for round_ in range(1, run.config.sampling_rounds + 1):
-        new = sample_and_reward(run, rng)
+        new = sample_and_reward(run, queries, rng)
         groups = new.has_signal.nonzero()[:, 0][:missing]
         missing -= len(groups)
         if missing and round_ == run.config.sampling_rounds:
@@ -358,14 +413,16 @@ def sample_until_signal(run: Run, rng: random.Random) -> Samples:
                    list(itertools.chain(*(new.all_responses for new, _ in kept))))
 
 
-def rl_step(run: Run, learner: Learner, step: int) -> tuple[dict, list[dict]]:
+def rl_step(run: Run, learner: Learner, queries: Queries,
+            step: int) -> tuple[dict, list[dict]]:
     """One step of RL -> a row of metrics.csv, and the rows of updates.csv."""
     began = time.time()
     rng = random.Random(f"{run.config.seed} rl {step}")
     settings = run.config.settings()
     # Sample G responses to each of P problems, and reward them.
     collect = sample_until_signal if run.config.dynamic_sampling else sample_and_reward
-    samples = collect(run, rng)
+    samples = collect(run, queries, rng)
+    queries.learn(samples.all_responses)
     # Advantages: how good is a response beside its siblings?
     experience, metrics = gspo.prepare(
         run.model, samples.rollout, samples.rewards.to(samples.rollout.logp.device), settings,
@@ -393,9 +450,12 @@ def rl(run: Run, state: dict):
     if state["step"] == 0:
         save(run.folder / "cold_start.pt", state | {"model": run.model.state_dict()})
     learner = new_learner(run, state)
+    queries = Queries(run.task, config.queries == "adaptive", state["success_rates"])
     saved_step = save_checkpoint(run, learner, state)
     log = Log(run.folder, state["step"], config.n_layer)
     start = state["step"]
+    if start == 0:
+        log.write_evaluation(0, state["first_evaluation"])
     seconds_before = state["seconds_rl"]
     began = time.time()
     interrupted = catch_interrupt()
@@ -403,7 +463,7 @@ def rl(run: Run, state: dict):
         if (step - start) % 25 == 1:
             print(report.HEADER)
         try:
-            row, updates = rl_step(run, learner, step)
+            row, updates = rl_step(run, learner, queries, step)
         except (FloatingPointError, ValueError) as error:       # the latter: a reward of NaN
             sys.exit(f"train.py: RL step {step}: {error}; {run.folder}/checkpoint.pt has the model "
                      f"as it was after step {saved_step}")
@@ -411,6 +471,7 @@ def rl(run: Run, state: dict):
             state["evaluation"], sampled = evaluate(run)
             row["accuracy"] = state["evaluation"]["accuracy"]
             row["accuracy_greedy"] = state["evaluation"]["accuracy_greedy"]
+            log.write_evaluation(step, state["evaluation"])
         state["step"] = step
         state["seconds_rl"] = seconds_before + time.time() - began
         state["responses"] += row["responses"]
@@ -448,14 +509,15 @@ COLUMNS = ["step", "accuracy", "accuracy_greedy", "reward", "reward_thinking", "
            "truncated", "no_signal", *RATIO_COLUMNS, "kl_ref", "value_error", "entropy",
            "grad_norm", *report.LAYERED, "tokens_per_second", "seconds", "seconds_rescoring"]
 UPDATE_COLUMNS = ["step", "mini_batch", *RATIO_COLUMNS, "entropy", "grad_norm"]
-RUN_FILES = {"config.json", "metrics.csv", "updates.csv", "samples.txt", "summary.json",
-             "cold_start.pt", "checkpoint.pt", "curves.png"}
+EVALUATION_COLUMNS = ["step", "kind", "accuracy"]
+RUN_FILES = {"config.json", "metrics.csv", "updates.csv", "evaluations.csv", "samples.txt",
+             "summary.json", "cold_start.pt", "checkpoint.pt", "curves.png"}
 
 
 def table_writer(path: Path, columns: list[str], step: int) -> csv.DictWriter:
     """A CSV file, open for more rows. A resumed run keeps the rows up to its checkpoint's step."""
     rows = []
-    if path.exists():
+    if path.exists() and step > 0:
         rows = [row for row in report.read_table(path) if int(row["step"]) <= step]
     with open(f"{path}.part", "w", newline="") as file:
         writer = csv.DictWriter(file, columns, extrasaction="ignore")
@@ -467,13 +529,19 @@ def table_writer(path: Path, columns: list[str], step: int) -> csv.DictWriter:
 
 
 class Log:
-    """metrics.csv, a row for each RL step, and updates.csv, a row for each optimiser step, with a
-    column for each layer of the per-layer metrics: expert_change_0, expert_change_1, ..."""
+    """metrics.csv, a row for each RL step; evaluations.csv, a row for each kind of problem in each
+    held-out evaluation; and updates.csv, a row for each optimiser step, with a column for each
+    layer of the per-layer metrics: expert_change_0, expert_change_1, ..."""
     def __init__(self, folder: Path, step: int, n_layer: int):
         layers = itertools.product(report.LAYERED, range(n_layer))
         layered = [f"{name}_{layer}" for name, layer in layers]
         self.metrics = table_writer(folder / "metrics.csv", COLUMNS, step)
         self.updates = table_writer(folder / "updates.csv", UPDATE_COLUMNS + layered, step)
+        self.evaluations = table_writer(folder / "evaluations.csv", EVALUATION_COLUMNS, step)
+
+    def write_evaluation(self, step: int, evaluation: dict):
+        for kind, accuracy in evaluation["kinds"].items():
+            self.evaluations.writerow({"step": step, "kind": kind, "accuracy": accuracy})
 
     def write(self, row: dict, updates: list[dict]):
         self.metrics.writerow(row)
@@ -550,7 +618,8 @@ def begin(run: Run, fresh: bool) -> dict:
     teacher = report.mean(run.task.reward(problem, run.task.demonstrate(problem, rng))
                           for problem in problems)
     options = dataclasses.asdict(run.config) | task_options(run.task)
-    return {"layout": LAYOUT, "options": options, "step": 0, "responses": 0, "seconds_rl": 0.0,
+    return {"layout": LAYOUT, "options": options, "step": 0, "responses": 0, "success_rates": {},
+            "seconds_rl": 0.0,
             "seconds_cold_start": seconds, "seconds_before_rl": seconds + time.time() - began,
             "accuracy_teacher": teacher, "first_evaluation": evaluation, "evaluation": evaluation}
 
@@ -598,7 +667,9 @@ def inspect_update(run: Run, state: dict):
           "response.")
     config = run.config
     learner = new_learner(run, state)
-    samples = sample_until_signal(run, random.Random(f"{config.seed} rl {state['step'] + 1}"))
+    queries = Queries(run.task, config.queries == "adaptive", state["success_rates"])
+    rng = random.Random(f"{config.seed} rl {state['step'] + 1}")
+    samples = sample_until_signal(run, queries, rng)
     rewards = samples.rewards.to(samples.rollout.logp.device)
     experience, _ = gspo.prepare(run.model, samples.rollout, rewards, config.settings(),
                                  learner.reference, learner.head)

@@ -30,6 +30,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 OPERATIONS = "+-*/"
+# How often the cold start sees problems of 1, 2, 3, ... digits: the long ones are left to RL.
+DIGIT_WEIGHTS = (1, 2, 3, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001)
 
 
 @dataclass(frozen=True)
@@ -132,11 +134,21 @@ class Task:
     guess: float = field(default=0.3, metadata={
         "help": "chance that an answer given at once is wrong", "low": 0, "high": 1})
 
-    def sample(self, rng: random.Random) -> Problem:
-        """A random problem, never a held-out one. The harder ones come more often: 3 digits three
-        times as often as 1, division twice as often as each other operation."""
-        digits = range(1, self.max_digits + 1)
-        return random_problem(rng.choice("+-*//"), rng.choices(digits, digits)[0], rng)
+    @property
+    def kinds(self) -> list[str]:
+        """What `sample` can be asked for: "+1", "+2", ... "/3"."""
+        return [f"{op}{digits}" for op, digits in
+                itertools.product(OPERATIONS, range(1, self.max_digits + 1))]
+
+    def sample(self, rng: random.Random, kind: str | None = None) -> Problem:
+        """A random problem of that kind, never a held-out one. Without a kind, as the cold start
+        needs them: division twice as often as each other operation, digits as in DIGIT_WEIGHTS."""
+        if kind is not None:
+            return random_problem(kind[0], int(kind[1:]), rng)
+        op = rng.choice("+-*//")
+        weights = DIGIT_WEIGHTS[:self.max_digits]
+        digits = rng.choices(range(1, self.max_digits + 1), weights)[0]
+        return random_problem(op, digits, rng)
 
     def held_out(self, per_kind: int = 40) -> list[Problem]:
         """The fixed test set: `per_kind` problems of each operation and number of digits.

@@ -6,11 +6,14 @@ A task is a file `data/NAME.py` with a class `Task`, a dataclass or not, that ha
     demonstrate(problem, rng)      -> a response to imitate, right or wrong: a text
     reward(problem, response)      -> a finite number, for any text `response`
 
-`rng` is a random.Random, the only source of chance. Two things are optional:
+`rng` is a random.Random, the only source of chance. Three things are optional:
 
     held_out()                     -> a list of problems that `sample` never gives, for evaluation
     problem.kind                   a short text such as "+3", for the table of accuracies: kinds
-                                   that begin with the same character share a line
+                                   that begin with the same character share a line of it, those that
+                                   end alike share a line of the curves
+    kinds, sample(rng, kind)       a list of all kinds, and a problem of the wanted one: RL then asks
+                                   most what is sometimes answered right (data/queries.py)
 
 If the class is a dataclass, its fields become options of the command line. Every character of a
 prompt or a demonstration must be in data/vocabulary.txt.

@@ -1,7 +1,7 @@
 """What a run shows to the person who watches it: its lines, its words, its samples, its curves.
 
     python -m lab.report out/run-1        draws out/run-1/curves.png again
-    python -m lab.report out/run-1 2      only its first two panels, as out/run-1/curves-2.png
+    python -m lab.report out/run-1 3      only its first three panels, as out/run-1/curves-3.png
 """
 import csv
 import json
@@ -189,13 +189,28 @@ def clip_lines(updates):
     return result
 
 
-def panels(metrics, updates):
-    """Rows of metrics.csv and updates.csv -> {title of a panel: {line: [(step, value), ...]}}."""
+def kind_lines(evaluations):
+    """A line for the kinds that end alike, such as +5, -5, *5 and /5: their mean accuracy at each
+    evaluation."""
+    result = {}
+    for ending in dict.fromkeys(row["kind"][1:] for row in evaluations):
+        rows = [row for row in evaluations if row["kind"][1:] == ending]
+        accuracies_at = {}
+        for row in rows:
+            accuracies_at.setdefault(int(row["step"]), []).append(float(row["accuracy"]))
+        name = " ".join(dict.fromkeys(row["kind"] for row in rows))
+        result[name] = [(step, mean(values)) for step, values in accuracies_at.items()]
+    return result
+
+
+def panels(metrics, evaluations, updates):
+    """The rows of a run's tables -> {title of a panel: {line: [(step, value), ...]}}."""
     return {
         "reward and held-out accuracy": lines(metrics, "reward", "accuracy"),
+        "held-out accuracy by kind of problem": kind_lines(evaluations),
+        "length of a response, tokens": lines(metrics, "length", "length_right", "length_wrong"),
         "share that thinks, and reward with and without":
             lines(metrics, "think", "reward_thinking", "reward_direct"),
-        "length of a response, tokens": lines(metrics, "length", "length_right", "length_wrong"),
         "share of tokens clipped": clip_lines(updates),
         "spread of the log-ratios: tokens, sequences": lines(metrics, "log_w_std", "log_s_std"),
         "share of active experts changed": layer_lines(updates, "expert_change"),
@@ -213,7 +228,8 @@ def smooth(points, width):
 def draw_panel(axis, title, named_lines, summary):
     """One panel; `summary` has the accuracies of the teacher and of the cold start."""
     from matplotlib import pyplot as plt
-    ordered = any(name.startswith(("layer", "mini-batch")) for name in named_lines)
+    by_kind = title == "held-out accuracy by kind of problem"
+    ordered = by_kind or any(name.startswith(("layer", "mini-batch")) for name in named_lines)
     for i, (name, points) in enumerate(named_lines.items()):
         style = {"label": name, "lw": 1.3}
         if ordered:
@@ -222,6 +238,8 @@ def draw_panel(axis, title, named_lines, summary):
             points = [(0, summary["accuracy_cold_start"]), *points]
             style["marker"] = "o"
             axis.axhline(summary["accuracy_teacher"], color="gray", ls="--", label="teacher")
+        elif by_kind:
+            style["marker"] = "o"
         else:
             points = smooth(points, 40 if name.startswith("layer") else 10)
         axis.plot([step for step, _ in points], [value for _, value in points], **style)
@@ -233,7 +251,7 @@ def draw_panel(axis, title, named_lines, summary):
         axis.legend(fontsize=8)
 
 
-def curves(folder, n_panels=8):
+def curves(folder, n_panels=9):
     """The tables of a run -> curves.png, and its path. ImportError without matplotlib."""
     import matplotlib
     matplotlib.use("Agg")       # no window, no display needed
@@ -241,8 +259,9 @@ def curves(folder, n_panels=8):
     folder = Path(folder)
     config = json.loads((folder / "config.json").read_text())
     summary = json.loads((folder / "summary.json").read_text())
-    drawn = panels(read_table(folder / "metrics.csv"), read_table(folder / "updates.csv"))
-    columns = min(n_panels, 4)
+    drawn = panels(*(read_table(folder / f"{name}.csv")
+                     for name in ("metrics", "evaluations", "updates")))
+    columns = min(n_panels, 3)
     rows = -(-n_panels // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(4 * columns, 3.25 * rows), squeeze=False,
                                 layout="constrained")
@@ -250,7 +269,7 @@ def curves(folder, n_panels=8):
         draw_panel(axis, title, named_lines, summary)
     figure.suptitle(f"{config['algorithm']}, seed {config['seed']}, routing replay "
                     f"{config['routing_replay']}; lines are means over 10 steps")
-    path = folder / ("curves.png" if n_panels == 8 else f"curves-{n_panels}.png")
+    path = folder / ("curves.png" if n_panels == 9 else f"curves-{n_panels}.png")
     figure.savefig(path, dpi=110)
     plt.close(figure)
     return path

@@ -16,12 +16,13 @@ import gspo
 import moe
 import train as train_py
 from data import arithmetic
+from data.queries import Queries
 
 HOUSE = Path(__file__).parent.parent
 SHORT = ("--cold_steps", "30", "--cold_tokens", "400", "--prompts", "4", "--group_size", "4",
          "--max_digits", "1", "--threads", "1", "--steps")
-RUN_FILES = {"config.json", "metrics.csv", "updates.csv", "summary.json", "samples.txt",
-             "cold_start.pt", "checkpoint.pt", "curves.png"}
+RUN_FILES = {"config.json", "metrics.csv", "updates.csv", "evaluations.csv", "summary.json",
+             "samples.txt", "cold_start.pt", "checkpoint.pt", "curves.png"}
 
 
 @pytest.fixture
@@ -61,6 +62,8 @@ def interrupt_at(call, monkeypatch):
     (),
     ("--algorithm", "ppo"),
     ("--kl_coef", "0.1", "--routing_replay", "r2"),
+    ("--queries", "uniform"),
+    ("--queries", "adaptive", "--dynamic_sampling", "--sampling_rounds", "2"),
 ], ids=" ".join)
 def test_a_resumed_run_equals_one_that_was_never_interrupted(train, monkeypatch, options):
     whole = (*SHORT, "6", "--out", "whole", "--eval_every", "4", *options)
@@ -72,10 +75,13 @@ def test_a_resumed_run_equals_one_that_was_never_interrupted(train, monkeypatch,
     assert len(metrics("parts")) == 3
     assert train("--resume", "--out", "parts") == 0
     assert metrics("parts") == metrics("whole")
-    assert Path("parts/updates.csv").read_text() == Path("whole/updates.csv").read_text()
-    weights = [torch.load(f"{name}/checkpoint.pt", weights_only=True)["model"]
-               for name in ("whole", "parts")]
-    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    for table in ("updates.csv", "evaluations.csv"):
+        assert Path(f"parts/{table}").read_text() == Path(f"whole/{table}").read_text()
+    whole, parts = (torch.load(f"{name}/checkpoint.pt", weights_only=True)
+                    for name in ("whole", "parts"))
+    assert all(torch.equal(whole["model"][name], parts["model"][name]) for name in whole["model"])
+    assert whole["success_rates"] == parts["success_rates"]
+    assert set(whole["success_rates"]) == {"+1", "-1", "*1", "/1"}
     assert {path.name for path in Path("parts").iterdir()} == RUN_FILES
 
 
@@ -139,6 +145,10 @@ def odd_run(**options):
     return train_py.build(config, Odd())
 
 
+def queries_of(run):
+    return Queries(run.task, run.config.queries == "adaptive", {})
+
+
 @pytest.mark.parametrize("options", [
     *[{"algorithm": name} for name in gspo.ALGORITHMS],
     {"recompute_logp_old": True, "overlong": 9},
@@ -154,7 +164,7 @@ def test_every_algorithm_and_every_way_of_routing_trains(options):
     learner = train_py.new_learner(run, {})
     before = [p.clone() for p in run.model.parameters()]
     for step in (1, 2):
-        row, updates = train_py.rl_step(run, learner, step)
+        row, updates = train_py.rl_step(run, learner, queries_of(run), step)
         assert 0 < row["grad_norm"] < 1000
         first = updates[0]
         # In the first mini-batch all ratios are 1, unless the sampler computed otherwise.
@@ -174,7 +184,7 @@ def test_the_overlong_penalty_of_dapo():
 
 def test_dynamic_sampling_goes_on_until_every_group_has_a_signal():
     run = odd_run(dynamic_sampling=True, sampling_rounds=99, group_size=2)
-    samples = train_py.sample_until_signal(run, train_py.random.Random(0))
+    samples = train_py.sample_until_signal(run, queries_of(run), train_py.random.Random(0))
     assert (samples.rewards[:, 0] != samples.rewards[:, 1]).all()
     assert samples.rewards.shape == (32, 2)
     assert len(samples.all_responses) > 64
@@ -189,7 +199,7 @@ def test_dynamic_sampling_goes_on_until_every_group_has_a_signal():
 
 def test_dynamic_sampling_says_so_when_it_gives_up(capsys):
     run = odd_run(dynamic_sampling=True, sampling_rounds=1, group_size=2)
-    samples = train_py.sample_until_signal(run, train_py.random.Random(0))
+    samples = train_py.sample_until_signal(run, queries_of(run), train_py.random.Random(0))
     silent = (samples.rewards[:, 0] == samples.rewards[:, 1]).sum()
     assert 0 < silent == (~samples.has_signal).sum()
     assert f"{silent} of 32 groups have no signal" in capsys.readouterr().out
@@ -217,6 +227,36 @@ def test_editing_a_comment_or_a_docstring_keeps_the_cold_start(tmp_path, monkeyp
         (tmp_path / f"code_{i}.py").write_text(text)
         codes.append(train_py.code_of(__import__(f"code_{i}")))
     assert codes[0] == codes[1] != codes[2]
+
+
+@pytest.mark.parametrize("shape", [(4, 4), (6, 3), (3, 6), (5, 3, 4)], ids=str)
+def test_a_step_of_muon_has_the_singular_vectors_of_the_gradient_and_singular_values_near_1(shape):
+    torch.manual_seed(0)
+    matrix = torch.nn.Parameter(torch.randn(shape))
+    before = matrix.detach().clone()
+    optimizer = train_py.Muon([matrix], lr=0.1, weight_decay=0.0)
+    average = torch.zeros(shape)
+    for gradient in torch.randn(2, *shape):
+        matrix.grad = gradient
+        optimizer.step()
+        change = (before - matrix.detach()) / (0.1 * max(1, shape[-2] / shape[-1]) ** 0.5)
+        before = matrix.detach().clone()
+        average = 0.95 * average + gradient
+        ahead = gradient + 0.95 * average               # Nesterov's momentum
+        U, _, Vh = torch.linalg.svd(ahead, full_matrices=False)
+        in_its_vectors = U.mT @ change @ Vh.mT
+        values = in_its_vectors.diagonal(dim1=-2, dim2=-1)
+        torch.testing.assert_close(in_its_vectors, torch.diag_embed(values), atol=1e-4, rtol=0)
+        torch.testing.assert_close(change, U @ torch.diag_embed(values) @ Vh, atol=1e-4, rtol=0)
+        assert values.min() > 0.6
+        assert values.max() < 1.3
+
+
+def test_muon_shrinks_the_weights_by_their_decay():
+    matrix = torch.nn.Parameter(torch.eye(3))
+    matrix.grad = torch.zeros(3, 3)
+    train_py.Muon([matrix], lr=0.1, weight_decay=0.5).step()
+    torch.testing.assert_close(matrix.detach(), 0.95 * torch.eye(3))
 
 
 # ------------------------------------------------------------------------------------ looking on
