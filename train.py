@@ -62,10 +62,10 @@ class ModelOptions:
 @dataclasses.dataclass
 class ColdStartOptions:
     """the cold start: imitation of the teacher"""
-    cold_steps: int = option(4500, "steps of imitation: until the thinking is mostly right", 1)
+    cold_steps: int = option(1250, "steps of imitation: until the thinking is mostly right", 1)
     muon_lr: float = option(0.02, "peak learning rate of the matrices in the layers", 0, 1)
     cold_lr: float = option(6e-3, "peak learning rate of all other parameters", 0, 1)
-    cold_tokens: int = option(2560, "tokens in a batch, padding not counted", 64)
+    cold_tokens: int = option(3840, "tokens in a batch, padding not counted", 64)
     balance: float = option(0.01, "weight of the loss that keeps all experts in use", 0, 10)
 
 
@@ -73,7 +73,7 @@ class ColdStartOptions:
 class RLOptions:
     """RL"""
     algorithm: str = option("gspo", "the objective", choices=tuple(gspo.ALGORITHMS))
-    steps: int = option(500, "RL steps; by then nearly every group is all right", 0)
+    steps: int = option(250, "RL steps; by then nearly every group is all right", 0)
     queries: str = option("adaptive", "which kinds of problem to ask most: those that are sometimes "
                           "answered right (adaptive), or all alike (uniform); a task without kinds "
                           "decides itself", choices=("adaptive", "uniform"))

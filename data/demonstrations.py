@@ -8,21 +8,20 @@ import torch
 Example = tuple[list[int], list[int]]       # prompt and response
 
 
-def demonstrations(task, tokenizer, rng: random.Random, n: int = 3000) -> list[Example]:
-    """n pairs (prompt, response) of lists of token ids, the response with its end token.
+def demonstrations(task, tokenizer, rng: random.Random) -> Iterator[Example]:
+    """Endless pairs (prompt, response) of lists of token ids, the response with its end token.
     ValueError, naming the character, for one that has no token."""
-    examples = []
-    for _ in range(n):
+    while True:
         problem = task.sample(rng)
         prompt = tokenizer.encode(problem.prompt)
         response = tokenizer.encode(task.demonstrate(problem, rng)) + [tokenizer.eos_id]
-        examples.append((prompt, response))
-    return examples
+        yield prompt, response
 
 
 def check(task, tokenizer, max_prompt: int, max_response: int):
     """ValueError if the model has no room for what the task asks or the teacher says."""
-    for prompt, response in demonstrations(task, tokenizer, random.Random("check")):
+    examples = demonstrations(task, tokenizer, random.Random("check"))
+    for prompt, response in itertools.islice(examples, 3000):
         if not prompt:
             raise ValueError("the task gave an empty prompt; it needs at least one character")
         if len(prompt) > max_prompt:
@@ -33,29 +32,21 @@ def check(task, tokenizer, max_prompt: int, max_response: int):
                              f"{len(response)} at {tokenizer.decode(prompt)!r}; raise it")
 
 
-def length(example: Example) -> int:
-    prompt, response = example
-    return len(prompt) + len(response)
-
-
 def batches(task, tokenizer, seed: int, max_tokens: int) -> Iterator[list[Example]]:
     """Endless batches of at most `max_tokens` real tokens: lists of pairs (prompt, response).
 
-    Examples of similar length stand together, so that a batch has little padding."""
-    for pool in itertools.count():
-        rng = random.Random(f"{seed} demonstrations {pool}")
-        examples = demonstrations(task, tokenizer, rng)
-        examples.sort(key=length)
-        pool_batches = [[]]
-        room = max_tokens
-        for example in examples:
-            if pool_batches[-1] and length(example) > room:
-                pool_batches.append([])
-                room = max_tokens
-            pool_batches[-1].append(example)
-            room -= length(example)
-        rng.shuffle(pool_batches)
-        yield from pool_batches
+    Long and short examples are mixed. Batches of similar length would have less padding, but each
+    would teach another thing: measured, such a cold start is no sooner as good."""
+    batch = []
+    room = max_tokens
+    for prompt, response in demonstrations(task, tokenizer, random.Random(f"{seed} demonstrations")):
+        length = len(prompt) + len(response)
+        if batch and length > room:
+            yield batch
+            batch = []
+            room = max_tokens
+        batch.append((prompt, response))
+        room -= length
 
 
 def collate(batch: list[Example], pad_id: int,

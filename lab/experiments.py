@@ -1,13 +1,14 @@
-"""Run several settings with several seeds; results/runs.csv gets a row for every run.
+"""Run several settings with several seeds. A run adds a row to results/runs.csv, and its held-out
+evaluations to results/evaluations.csv.
 
     python -m lab.experiments                  run what is missing, 2 to 8 minutes a run, then:
     python -m lab.experiments --table          print the table: mean and standard deviation
-    python -m lab.experiments "GSPO, plain code"        run only this setting, or several
+    python -m lab.experiments --figure         draw results/queries.png, adaptive beside uniform ones
+    python -m lab.experiments "main job"       run only this setting, or several
 
 A seed's cold start is made once and shared by the settings, so that they differ in nothing but what
-their row says. The first three settings are compared by their first 200 RL steps. The objectives
-and the kinds of routing replay ran with one seed, which shows that they train and what they do; it
-ranks nothing.
+their row says. The objectives and the kinds of routing replay ran with one seed, which shows that
+they train and what they do; it ranks nothing.
 """
 import csv
 import json
@@ -24,14 +25,19 @@ COMPARED = 200      # RL steps
 SHORT = ["--steps", str(COMPARED)]
 OBJECTIVES = ("gspo", "gspo_token", "grpo", "ppo", "dr_grpo", "dapo", "cispo", "gmpo", "sapo",
               "luspo", "reinforce")
+LONG = ["--max_digits", "5", "--max_new_tokens", "112", "--steps", "300"]
+UNIFORM = ["--queries", "uniform"]
 # name: options, seeds
 SETTINGS = {
-    "GSPO": ([], range(5)),
+    "main job": ([], range(5)),
+    "main job, uniform queries": (UNIFORM, range(5)),
+    "long run": (LONG, range(5)),
+    "long run, uniform queries": ([*LONG, *UNIFORM], range(5)),
+    "long run, luspo": ([*LONG, "--algorithm", "luspo"], range(3)),
+    "long run, dr_grpo": ([*LONG, "--algorithm", "dr_grpo"], range(3)),
     "GSPO, the paper's clip range": (
         ["--clip_low", "3e-4", "--clip_high", "4e-4", *SHORT], range(5)),
     "GRPO": (["--algorithm", "grpo", *SHORT], range(5)),
-    # The main job again, since the model is plain code: what the README shows.
-    "GSPO, plain code": ([], range(3)),
     "objective reinforce, on-policy": (["--algorithm", "reinforce", "--mini_batches", "1"], [0]),
     "objective dapo, dynamic sampling, overlong": (
         ["--algorithm", "dapo", "--dynamic_sampling", "--overlong", "16", *SHORT], [0]),
@@ -51,7 +57,9 @@ for name in ("gspo", "grpo"):
     for kind in ("none", "r2", "r3"):
         SETTINGS[f"replay {name} {kind}"] = (
             ["--algorithm", name, "--routing_replay", kind, *SHORT], [0])
-TABLE = Path(__file__).parent.parent / "results" / "runs.csv"
+RESULTS = Path(__file__).parent.parent / "results"
+TABLE = RESULTS / "runs.csv"
+EVALUATIONS = RESULTS / "evaluations.csv"
 MEANS = ["reward", "clip_low", "clip_high", "log_s_std", "log_w_std", "outliers", "kl",
          "expert_change", "seconds", "seconds_rescoring"]
 
@@ -85,7 +93,8 @@ def later(out):
 
 
 def measure(name, options, seed, commit):
-    """One run -> its row: its summary, and the compared steps' accuracy, reward and metrics."""
+    """One run, unless it has been made -> its row in the table: its summary, and the compared
+    steps' accuracy, reward and metrics; and its evaluations."""
     out = Path("out") / f"{''.join(filter(str.isalnum, name))}-{seed}"
     command = ["train.py", *options, "--seed", str(seed)]
     if not (out / "summary.json").exists():
@@ -101,37 +110,78 @@ def measure(name, options, seed, commit):
     for column in MEANS:
         if any(step[column] for step in compared):
             row[f"{column}_{COMPARED}"] = mean_of(compared, column)
-    return row | later(out)
+    evaluations = [{"setting": name, "seed": seed} | row
+                   for row in read_table(out / "evaluations.csv")]
+    last = [float(row["accuracy"]) for row in evaluations
+            if row["step"] == evaluations[-1]["step"]]
+    row["accuracy_weakest_kind"] = min(last)
+    append(EVALUATIONS, evaluations)
+    append(TABLE, [row | later(out)])
 
 
-def read():
-    return read_table(TABLE) if TABLE.exists() else []
+def read(path):
+    return read_table(path) if path.exists() else []
 
 
-def append(row):
-    rows = [*read(), row]
+def append(path, new_rows):
+    rows = [*read(path), *new_rows]
     columns = dict.fromkeys(key for row in rows for key in row)
-    with open(f"{TABLE}.part", "w", newline="") as file:
+    with open(f"{path}.part", "w", newline="") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(rows)
-    os.replace(f"{TABLE}.part", TABLE)
+    os.replace(f"{path}.part", path)
 
 
 def print_table():
-    columns = ["accuracy_cold_start", "accuracy", "accuracy_greedy", "reward_last_50",
-               "think_share", "seconds",
+    columns = ["accuracy_cold_start", "accuracy", "accuracy_greedy", "accuracy_weakest_kind",
+               "reward_last_50", "think_share", "seconds",
                *(f"{column}_{COMPARED}" for column in ("accuracy", *MEANS))]
     print("| setting |", " | ".join(columns), "|")
     print("|---|" + "---|" * len(columns))
-    for name in dict.fromkeys(row["setting"] for row in read()):
-        rows = [row for row in read() if row["setting"] == name]
+    for name in dict.fromkeys(row["setting"] for row in read(TABLE)):
+        rows = [row for row in read(TABLE) if row["setting"] == name]
         cells = []
         for column in columns:
             values = [float(row[column]) for row in rows if row.get(column)]
             spread = f" ± {statistics.stdev(values):.2g}" if len(values) > 1 else ""
             cells.append(f"{statistics.fmean(values):.4g}{spread}" if values else "")
         print(f"| {name} ({len(rows)} seeds) |", " | ".join(cells), "|")
+
+
+def accuracies(setting, ending=""):
+    """{step: {seed: mean held-out accuracy over the kinds that end so}} of a setting."""
+    found = {}
+    for row in read(EVALUATIONS):
+        if row["setting"] == setting and row["kind"].endswith(ending):
+            of_step = found.setdefault(int(row["step"]), {})
+            of_step.setdefault(row["seed"], []).append(float(row["accuracy"]))
+    return {step: {seed: statistics.fmean(values) for seed, values in of_step.items()}
+            for step, of_step in found.items()}
+
+
+def draw_queries():
+    """results/queries.png: held-out accuracy with adaptive and with uniform queries, over all kinds
+    and over those of 4 and of 5 digits; mean and range of the seeds."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    panels = (("main job", "", "main job"), ("long run", "", "long run, 1 to 5 digits"),
+              ("long run", "4", "long run, 4 digits"), ("long run", "5", "long run, 5 digits"))
+    figure, axes = plt.subplots(1, 4, figsize=(16, 3.5), layout="constrained")
+    for axis, (setting, ending, title) in zip(axes, panels):
+        for name, label in ((setting, "adaptive"), (f"{setting}, uniform queries", "uniform")):
+            of_step = accuracies(name, ending)
+            values = [list(of_seed.values()) for of_seed in of_step.values()]
+            axis.plot(list(of_step), [statistics.fmean(v) for v in values], marker="o", label=label)
+            axis.fill_between(list(of_step), [min(v) for v in values], [max(v) for v in values],
+                              alpha=0.2)
+        axis.set_title(f"{title}: held-out accuracy", fontsize=10)
+        axis.set_xlabel("RL step")
+        axis.set_ylim(0, 1)
+        axis.grid(alpha=0.3)
+        axis.legend()
+    figure.savefig(RESULTS / "queries.png", dpi=110)
 
 
 def main(names):
@@ -143,13 +193,16 @@ def main(names):
     for name in names or SETTINGS:
         options, seeds = SETTINGS[name]
         for seed in seeds:
-            done = [row for row in read()
+            done = [row for row in read(TABLE)
                     if row["setting"] == name and row["seed"] == str(seed)]
             if not done:
-                append(measure(name, options, seed, commit))
+                measure(name, options, seed, commit)
 
 
 if __name__ == "__main__":
-    if "--table" not in sys.argv:
-        main(sys.argv[1:])
-    print_table()
+    if "--figure" in sys.argv:
+        draw_queries()
+    else:
+        if "--table" not in sys.argv:
+            main(sys.argv[1:])
+        print_table()
