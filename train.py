@@ -74,9 +74,9 @@ class RLOptions:
     """RL"""
     algorithm: str = option("gspo", "the objective", choices=tuple(gspo.ALGORITHMS))
     steps: int = option(250, "RL steps; by then nearly every group is all right", 0)
-    queries: str = option("adaptive", "which kinds of problem to ask most: those that are sometimes "
+    queries: str = option("adaptive", "kinds of problem to ask: above all those that are sometimes "
                           "answered right (adaptive), or all alike (uniform); a task without kinds "
-                          "decides itself", choices=("adaptive", "uniform"))
+                          "decides by itself", choices=("adaptive", "uniform"))
     prompts: int = option(32, "problems in a step", 1)
     group_size: int = option(8, "responses to a problem: each other's baseline", 2)
     mini_batches: int = option(4, "optimiser steps per rollout, as in the paper", 1)
@@ -165,11 +165,11 @@ class Response(NamedTuple):
 # ---------------------------------------------------------------------------- 1 the cold start
 
 def orthogonalise(matrices: Tensor) -> Tensor:
-    """Matrices (..., m, n) -> matrices with the same singular vectors, whose singular values are all
-    near 1, from 0.7 to 1.2 (for those that were not tiny beside the others).
+    """Matrices (..., m, n) -> matrices with the same singular vectors, and all singular values near
+    1: from 0.7 to 1.2, unless they were tiny beside the others.
 
-    Five Newton-Schulz steps, each the odd polynomial a x + b x^3 + c x^5 of the singular values,
-    with the coefficients of Jordan's Muon (kellerjordan.github.io/posts/muon)."""
+    Five Newton-Schulz steps. Each applies a x + b x^3 + c x^5 to the singular values x, with the
+    coefficients of K. Jordan's Muon (kellerjordan.github.io/posts/muon)."""
     x = matrices / matrices.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
     for _ in range(5):
         square = x @ x.mT                                                   # (..., m, m)
@@ -178,9 +178,11 @@ def orthogonalise(matrices: Tensor) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, of which each matrix takes a step of equal length in all directions: rare features
-    learn as fast as common ones. A parameter of more than two dimensions is a stack of matrices;
-    torch.optim.Muon takes only single ones."""
+    """Each matrix moves along its gradient's momentum, equally far in the direction of every
+    singular vector: what is rare in the data moves it as far as what is common.
+
+    A parameter of three dimensions is a stack of matrices, such as those of all experts of a layer.
+    (torch.optim.Muon takes single matrices only, and took 39 ms a step for these instead of 11.)"""
     def __init__(self, parameters: list[nn.Parameter], lr: float, momentum: float = 0.95,
                  weight_decay: float = 0.0):
         super().__init__(parameters, {"lr": lr, "momentum": momentum,
@@ -205,8 +207,8 @@ class Muon(torch.optim.Optimizer):
 def cold_optimizers(config: Config, model: moe.MoETransformer) -> list[torch.optim.Optimizer]:
     """Muon for the matrices inside the layers; AdamW for vectors, embedding and unembedding."""
     matrices = [parameter for parameter in model.layers.parameters() if parameter.dim() > 1]
-    others = [model.embed.weight, model.unembed.weight, *model.norm.parameters(),
-              *(parameter for parameter in model.layers.parameters() if parameter.dim() == 1)]
+    vectors = [parameter for parameter in model.parameters() if parameter.dim() == 1]
+    others = [model.embed.weight, model.unembed.weight, *vectors]
     return [Muon(matrices, config.muon_lr, weight_decay=0.05),
             torch.optim.AdamW(others, config.cold_lr, betas=(0.9, 0.95), weight_decay=0.05,
                               fused=True)]
@@ -227,8 +229,10 @@ def cold_start(run: Run, fresh: bool) -> float:
     print(f"1 cold start: {config.cold_steps} steps of imitation")
     device = model.embed.weight.device
     optimizers = cold_optimizers(config, model)
-    schedules = [LambdaLR(optimizer, lambda done: min((done + 1) / 50, 1 - done / config.cold_steps))
-                 for optimizer in optimizers]       # 50 steps up, then down to almost 0
+
+    def share_of_peak(done: int) -> float:
+        return min((done + 1) / 50, 1 - done / config.cold_steps)   # 50 steps up, then down to 0
+    schedules = [LambdaLR(optimizer, share_of_peak) for optimizer in optimizers]
     began = time.time()
     batches = demonstrations.batches(run.task, run.tokenizer, config.seed, config.cold_tokens)
     for step in range(1, config.cold_steps + 1):
@@ -267,7 +271,8 @@ def cold_start_key(run: Run) -> str:
     names += ["task", "seed", "threads", "max_grad_norm"]
     options = {name: getattr(run.config, name) for name in names}
     code = [code_of(x) for x in (
-        moe, demonstrations, inspect.getmodule(type(run.task)), Tokenizer, build, cold_start)]
+        moe, demonstrations, inspect.getmodule(type(run.task)), Tokenizer, build, orthogonalise,
+        Muon, cold_optimizers, cold_start)]
     parts = (options, vars(run.task), code, run.tokenizer.tokens, torch.__version__,
              run.model.embed.weight.device.type)
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:12]

@@ -37,9 +37,10 @@ def batches(task, tokenizer, seed: int, max_tokens: int) -> Iterator[list[Exampl
 
     Long and short examples are mixed. Batches of similar length would have less padding, but each
     would teach another thing: measured, such a cold start is no sooner as good."""
+    rng = random.Random(f"{seed} demonstrations")
     batch = []
     room = max_tokens
-    for prompt, response in demonstrations(task, tokenizer, random.Random(f"{seed} demonstrations")):
+    for prompt, response in demonstrations(task, tokenizer, rng):
         length = len(prompt) + len(response)
         if batch and length > room:
             yield batch

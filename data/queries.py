@@ -1,10 +1,10 @@
 """Which problems to ask next: in RL only those teach that are sometimes answered right.
 
-A group of responses that are all right or all wrong has no signal. With a chance p of a right
-response, the rewards of a group vary by p(1 - p), most at p = 1/2. So `Queries` keeps an estimate
-of p for every kind of problem and asks kinds in proportion to p(1 - p): what is learned gives way to
-what is being learned. The estimates start at 1/2, half-way between 0 and 1, where a kind is asked
-most. A little is added for all kinds, so that none is ever forgotten.
+A group of responses that are all right or all wrong teaches nothing. If a response is right with
+the chance p, the variance of its reward is p(1 - p), which is largest at p = 1/2. So `Queries`
+keeps an estimate of p for every kind of problem, and asks kinds in proportion to p(1 - p): what the
+model knows gives way to what it is about to learn. The estimates start at 1/2, where a kind is
+asked most. A little is added for every kind, so that none is forgotten.
 """
 import random
 

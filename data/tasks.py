@@ -12,8 +12,8 @@ A task is a file `data/NAME.py` with a class `Task`, a dataclass or not, that ha
     problem.kind                   a short text such as "+3", for the table of accuracies: kinds
                                    that begin with the same character share a line of it, those that
                                    end alike share a line of the curves
-    kinds, sample(rng, kind)       a list of all kinds, and a problem of the wanted one: RL then asks
-                                   most what is sometimes answered right (data/queries.py)
+    kinds, sample(rng, kind)       a list of all kinds, and a problem of the kind you name: RL then
+                                   asks above all what is sometimes answered right (data/queries.py)
 
 If the class is a dataclass, its fields become options of the command line. Every character of a
 prompt or a demonstration must be in data/vocabulary.txt.

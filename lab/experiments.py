@@ -3,7 +3,7 @@ evaluations to results/evaluations.csv.
 
     python -m lab.experiments                  run what is missing, 2 to 8 minutes a run, then:
     python -m lab.experiments --table          print the table: mean and standard deviation
-    python -m lab.experiments --figure         draw results/queries.png, adaptive beside uniform ones
+    python -m lab.experiments --figure         draw results/queries.png: adaptive beside uniform
     python -m lab.experiments "main job"       run only this setting, or several
 
 A seed's cold start is made once and shared by the settings, so that they differ in nothing but what
