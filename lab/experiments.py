@@ -25,7 +25,7 @@ COMPARED = 200      # RL steps
 SHORT = ["--steps", str(COMPARED)]
 OBJECTIVES = ("gspo", "gspo_token", "grpo", "ppo", "dr_grpo", "dapo", "cispo", "gmpo", "sapo",
               "luspo", "reinforce")
-LONG = ["--max_digits", "5", "--max_new_tokens", "112", "--steps", "300"]
+LONG = ["--max_digits", "5", "--max_new_tokens", "112", "--steps", "500"]
 UNIFORM = ["--queries", "uniform"]
 # name: options, seeds
 SETTINGS = {
