@@ -12,8 +12,9 @@
     3  RL           sample, reward, advantages, update; again                       rl
     4  report       what happened, in words, numbers and curves                     finish
 
-All chance comes from (seed, stage, step). So a checkpoint needs only the weights, the optimiser and
-the number of the step to go on exactly as if nothing had happened (on a CPU, with as many threads).
+All chance comes from (seed, stage, step). So a checkpoint needs only the weights, the optimiser, the
+success rate of each kind of problem and the number of the step to go on exactly as if nothing had
+happened (on a CPU, with as many threads).
 """
 import ast
 import copy
@@ -63,8 +64,8 @@ class ModelOptions:
 class ColdStartOptions:
     """the cold start: imitation of the teacher"""
     cold_steps: int = option(1250, "steps of imitation: until the thinking is mostly right", 1)
-    muon_lr: float = option(0.02, "peak learning rate of the matrices in the layers", 0, 1)
-    cold_lr: float = option(6e-3, "peak learning rate of all other parameters", 0, 1)
+    muon_lr: float = option(0.02, "peak learning rate of the matrices in the layers (Muon)", 0, 1)
+    cold_lr: float = option(6e-3, "peak learning rate of all other parameters (AdamW)", 0, 1)
     cold_tokens: int = option(3840, "tokens in a batch, padding not counted", 64)
     balance: float = option(0.01, "weight of the loss that keeps all experts in use", 0, 10)
 
@@ -73,10 +74,10 @@ class ColdStartOptions:
 class RLOptions:
     """RL"""
     algorithm: str = option("gspo", "the objective", choices=tuple(gspo.ALGORITHMS))
-    steps: int = option(250, "RL steps; by then nearly every group is all right", 0)
+    steps: int = option(250, "RL steps; held-out accuracy hardly rises any more after them", 0)
     queries: str = option("adaptive", "kinds of problem to ask: above all those that are sometimes "
-                          "answered right (adaptive), or all alike (uniform); a task without kinds "
-                          "decides by itself", choices=("adaptive", "uniform"))
+                          "answered right (adaptive), or all equally often (uniform); a task "
+                          "without kinds decides by itself", choices=("adaptive", "uniform"))
     prompts: int = option(32, "problems in a step", 1)
     group_size: int = option(8, "responses to a problem: each other's baseline", 2)
     mini_batches: int = option(4, "optimiser steps per rollout, as in the paper", 1)
@@ -90,7 +91,8 @@ class RLOptions:
                                  choices=("none", "r2", "r3"))
     temperature: float = option(1.0, "of sampling and of scoring: the policy as it is", 0.01, 100)
     max_new_tokens: int = option(64, "a response without an end by then is worth 0", 1, 1000)
-    max_grad_norm: float = option(1.0, "longer gradients are shortened to this", 1e-6)
+    max_grad_norm: float = option(1.0, "longer gradients are shortened to this; in the cold start "
+                                  "too", 1e-6)
     sampler: str = option("float32", "precision to sample in", choices=("float32", "bfloat16"))
     recompute_logp_old: bool = option(False, "score again, do not trust the sampler's log-probs")
     correction: str = option("none", "score again and weigh tokens by how far off the sampler was",
@@ -166,10 +168,11 @@ class Response(NamedTuple):
 
 def orthogonalise(matrices: Tensor) -> Tensor:
     """Matrices (..., m, n) -> matrices with the same singular vectors, and all singular values near
-    1: from 0.7 to 1.2, unless they were tiny beside the others.
+    1: from 0.7 to 1.2. Those below some 1/500 of the matrix's norm stay smaller.
 
-    Five Newton-Schulz steps. Each applies a x + b x^3 + c x^5 to the singular values x, with the
-    coefficients of K. Jordan's Muon (kellerjordan.github.io/posts/muon)."""
+    Five Newton-Schulz steps, each of which turns every singular value v into
+    3.4445 v - 4.7750 v^3 + 2.0315 v^5 (K. Jordan's Muon, kellerjordan.github.io/posts/muon)."""
+    # Divided by their Frobenius norm, they have no singular value above 1.
     x = matrices / matrices.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
     for _ in range(5):
         square = x @ x.mT                                                   # (..., m, m)
@@ -178,11 +181,12 @@ def orthogonalise(matrices: Tensor) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Each matrix moves along its gradient's momentum, equally far in the direction of every
-    singular vector: what is rare in the data moves it as far as what is common.
+    """Averages the gradients of each matrix by momentum, and moves it by the matrix that has the
+    same singular vectors and singular values near 1: what is rare in the data moves it as far as
+    what is common, and an expert with few tokens moves as far as a busy one.
 
     A parameter of three dimensions is a stack of matrices, such as those of all experts of a layer.
-    (torch.optim.Muon takes single matrices only, and took 39 ms a step for these instead of 11.)"""
+    (torch.optim.Muon takes one matrix at a time: 39 ms a step for this model, 11 ms here.)"""
     def __init__(self, parameters: list[nn.Parameter], lr: float, momentum: float = 0.95,
                  weight_decay: float = 0.0):
         super().__init__(parameters, {"lr": lr, "momentum": momentum,
@@ -194,23 +198,25 @@ class Muon(torch.optim.Optimizer):
             for parameter in group["params"]:
                 state = self.state[parameter]
                 if not state:
-                    state["average"] = torch.zeros_like(parameter)
-                average = state["average"]
-                average.mul_(group["momentum"]).add_(parameter.grad)
-                ahead = parameter.grad + group["momentum"] * average        # Nesterov
-                m, n = parameter.shape[-2:]
+                    state["momentum"] = torch.zeros_like(parameter)
+                momentum = state["momentum"]
+                momentum.mul_(group["momentum"]).add_(parameter.grad)
+                ahead = parameter.grad + group["momentum"] * momentum       # Nesterov
+                m, n = parameter.shape[-2:]                                 # outputs, inputs
+                # A tall matrix makes longer steps, as in Jordan's Muon.
                 change = orthogonalise(ahead) * max(1, m / n) ** 0.5
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])
                 parameter.sub_(group["lr"] * change)
 
 
 def cold_optimizers(config: Config, model: moe.MoETransformer) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices inside the layers; AdamW for vectors, embedding and unembedding."""
+    """Muon for the matrices inside the layers (attention, routers, experts); AdamW for the rest:
+    embedding, unembedding and the vectors of the norms."""
     matrices = [parameter for parameter in model.layers.parameters() if parameter.dim() > 1]
     vectors = [parameter for parameter in model.parameters() if parameter.dim() == 1]
-    others = [model.embed.weight, model.unembed.weight, *vectors]
+    rest = [model.embed.weight, model.unembed.weight, *vectors]
     return [Muon(matrices, config.muon_lr, weight_decay=0.05),
-            torch.optim.AdamW(others, config.cold_lr, betas=(0.9, 0.95), weight_decay=0.05,
+            torch.optim.AdamW(rest, config.cold_lr, betas=(0.9, 0.95), weight_decay=0.05,
                               fused=True)]
 
 
@@ -231,7 +237,8 @@ def cold_start(run: Run, fresh: bool) -> float:
     optimizers = cold_optimizers(config, model)
 
     def share_of_peak(done: int) -> float:
-        return min((done + 1) / 50, 1 - done / config.cold_steps)   # 50 steps up, then down to 0
+        # The smaller of two lines: up within 50 steps, and down to 0 over all steps.
+        return min((done + 1) / 50, 1 - done / config.cold_steps)
     schedules = [LambdaLR(optimizer, share_of_peak) for optimizer in optimizers]
     began = time.time()
     batches = demonstrations.batches(run.task, run.tokenizer, config.seed, config.cold_tokens)
@@ -250,7 +257,8 @@ def cold_start(run: Run, fresh: bool) -> float:
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
         if not torch.isfinite(loss + grad_norm):
             sys.exit(f"train.py: cold start step {step}: loss {loss.item()}, gradient norm "
-                     f"{grad_norm.item()}; there is no checkpoint yet. A lower --cold_lr may help.")
+                     f"{grad_norm.item()}; there is no checkpoint yet. A lower --muon_lr or "
+                     "--cold_lr may help.")
         for optimizer, schedule in zip(optimizers, schedules):
             optimizer.step()
             schedule.step()
@@ -534,9 +542,9 @@ def table_writer(path: Path, columns: list[str], step: int) -> csv.DictWriter:
 
 
 class Log:
-    """metrics.csv, a row for each RL step; evaluations.csv, a row for each kind of problem in each
-    held-out evaluation; and updates.csv, a row for each optimiser step, with a column for each
-    layer of the per-layer metrics: expert_change_0, expert_change_1, ..."""
+    """metrics.csv, a row for each RL step; evaluations.csv, the mean reward of each kind of problem
+    in each held-out evaluation; and updates.csv, a row for each optimiser step, with a column for
+    each layer of the per-layer metrics: expert_change_0, expert_change_1, ..."""
     def __init__(self, folder: Path, step: int, n_layer: int):
         layers = itertools.product(report.LAYERED, range(n_layer))
         layered = [f"{name}_{layer}" for name, layer in layers]

@@ -123,12 +123,13 @@ def divide(a: int, b: int, slip: Callable) -> tuple[list[str], int]:
 
 @dataclass
 class Task:
-    """The fields become options of the command line. A teacher with these is right 0.78 of the
-    time."""
+    """The fields become options of the command line. With the defaults, the teacher is right 0.78
+    of the time."""
     max_digits: int = field(default=3, metadata={
-        "help": "operands have 1 to this many digits", "low": 1, "high": 9})
+        "help": "operands have 1 to this many digits; the cold start sees few of more than 3",
+        "low": 1, "high": 9})
     think: float = field(default=0.4, metadata={
-        "help": "share of demonstrations that think; RL is to raise it", "low": 0, "high": 1})
+        "help": "share of demonstrations that think; RL should raise it", "low": 0, "high": 1})
     slip: float = field(default=0.05, metadata={
         "help": "chance that a worked step is wrong", "low": 0, "high": 1})
     guess: float = field(default=0.3, metadata={

@@ -19,7 +19,8 @@ def demonstrations(task, tokenizer, rng: random.Random) -> Iterator[Example]:
 
 
 def check(task, tokenizer, max_prompt: int, max_response: int):
-    """ValueError if the model has no room for what the task asks or the teacher says."""
+    """ValueError if the model has no room for what the task asks or the teacher says, in one of
+    3000 examples."""
     examples = demonstrations(task, tokenizer, random.Random("check"))
     for prompt, response in itertools.islice(examples, 3000):
         if not prompt:
@@ -33,10 +34,11 @@ def check(task, tokenizer, max_prompt: int, max_response: int):
 
 
 def batches(task, tokenizer, seed: int, max_tokens: int) -> Iterator[list[Example]]:
-    """Endless batches of at most `max_tokens` real tokens: lists of pairs (prompt, response).
+    """Endless batches of at most `max_tokens` real tokens: lists of pairs (prompt, response). An
+    example that is longer makes a batch of its own.
 
-    Long and short examples are mixed. Batches of similar length would have less padding, but each
-    would teach another thing: measured, such a cold start is no sooner as good."""
+    Long and short examples are mixed. Sorting them by length would save padding, but then each
+    batch teaches something different: in equal time the model learned no more."""
     rng = random.Random(f"{seed} demonstrations")
     batch = []
     room = max_tokens
@@ -55,8 +57,8 @@ def collate(batch: list[Example], pad_id: int,
     """A batch of B pairs -> tokens (B, S), mask (B, S), and T, the columns of the responses: the
     rectangle of moe.Rollout.
 
-        prompt 3 10, response 7 9          tokens   .  3 10 |  7  9      mask   . x x | x x
-        prompt 4 5 10, response 8 9                 4  5 10 |  8  9             x x x | x x
+        prompt 3 10, response 7 9          tokens   .  3 10 |  7  9  .      mask   . x x | x x .
+        prompt 4 5 10, response 8 8 9               4  5 10 |  8  8  9             x x x | x x x
     """
     W = max(len(prompt) for prompt, _ in batch)
     T = max(len(response) for _, response in batch)

@@ -9,11 +9,12 @@ A task is a file `data/NAME.py` with a class `Task`, a dataclass or not, that ha
 `rng` is a random.Random, the only source of chance. Three things are optional:
 
     held_out()                     -> a list of problems that `sample` never gives, for evaluation
-    problem.kind                   a short text such as "+3", for the table of accuracies: kinds
-                                   that begin with the same character share a line of it, those that
-                                   end alike share a line of the curves
-    kinds, sample(rng, kind)       a list of all kinds, and a problem of the kind you name: RL then
-                                   asks above all what is sometimes answered right (data/queries.py)
+    problem.kind                   a short text such as "+3". In the table of accuracies, kinds with
+                                   the same first character share a line; in the curves, those with
+                                   the same remainder do
+    kinds, sample(rng, kind)       a list of all kinds, and a problem of the kind you name, which is
+                                   its problem.kind: RL then asks above all what is sometimes
+                                   answered right (data/queries.py)
 
 If the class is a dataclass, its fields become options of the command line. Every character of a
 prompt or a demonstration must be in data/vocabulary.txt.

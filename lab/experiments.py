@@ -6,9 +6,10 @@ evaluations to results/evaluations.csv.
     python -m lab.experiments --figure         draw results/queries.png: adaptive beside uniform
     python -m lab.experiments "main job"       run only this setting, or several
 
-A seed's cold start is made once and shared by the settings, so that they differ in nothing but what
-their row says. The objectives and the kinds of routing replay ran with one seed, which shows that
-they train and what they do; it ranks nothing.
+Settings with the same model, task and cold-start options share one cold start for each seed, so
+that they differ in nothing but what their row says. The objectives and the kinds of routing replay
+ran with one seed: enough to show that they train, not to rank them. Training rewards are of the
+problems asked: do not compare them between adaptive and uniform queries.
 """
 import csv
 import json
@@ -93,8 +94,9 @@ def later(out):
 
 
 def measure(name, options, seed, commit):
-    """One run, unless it has been made -> its row in the table: its summary, and the compared
-    steps' accuracy, reward and metrics; and its evaluations."""
+    """Make one run, unless it is in out/ already. Then append its evaluations to their table, and
+    its row to the other: its summary, and means over the compared steps (all, of a shorter run).
+    `commit` is that of the checkout."""
     out = Path("out") / f"{''.join(filter(str.isalnum, name))}-{seed}"
     command = ["train.py", *options, "--seed", str(seed)]
     if not (out / "summary.json").exists():
@@ -110,10 +112,10 @@ def measure(name, options, seed, commit):
     for column in MEANS:
         if any(step[column] for step in compared):
             row[f"{column}_{COMPARED}"] = mean_of(compared, column)
-    evaluations = [{"setting": name, "seed": seed} | row
-                   for row in read_table(out / "evaluations.csv")]
-    last = [float(row["accuracy"]) for row in evaluations
-            if row["step"] == evaluations[-1]["step"]]
+    evaluations = [{"setting": name, "seed": seed} | evaluated
+                   for evaluated in read_table(out / "evaluations.csv")]
+    last = [float(evaluated["accuracy"]) for evaluated in evaluations
+            if evaluated["step"] == evaluations[-1]["step"]]
     row["accuracy_weakest_kind"] = min(last)
     append(EVALUATIONS, evaluations)
     append(TABLE, [row | later(out)])
@@ -149,11 +151,11 @@ def print_table():
         print(f"| {name} ({len(rows)} seeds) |", " | ".join(cells), "|")
 
 
-def accuracies(setting, ending=""):
-    """{step: {seed: mean held-out accuracy over the kinds that end so}} of a setting."""
+def accuracies(setting, ending=None):
+    """{step: {seed: mean held-out accuracy}} of a setting, over all kinds or those that end so."""
     found = {}
     for row in read(EVALUATIONS):
-        if row["setting"] == setting and row["kind"].endswith(ending):
+        if row["setting"] == setting and ending in (None, row["kind"][1:]):
             of_step = found.setdefault(int(row["step"]), {})
             of_step.setdefault(row["seed"], []).append(float(row["accuracy"]))
     return {step: {seed: statistics.fmean(values) for seed, values in of_step.items()}
@@ -166,10 +168,10 @@ def draw_queries():
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
-    panels = (("main job", "", "main job"), ("long run", "", "long run, 1 to 5 digits"),
-              ("long run", "4", "long run, 4 digits"), ("long run", "5", "long run, 5 digits"))
+    plots = (("main job", None, "main job"), ("long run", None, "long run, 1 to 5 digits"),
+             ("long run", "4", "long run, 4 digits"), ("long run", "5", "long run, 5 digits"))
     figure, axes = plt.subplots(1, 4, figsize=(16, 3.5), layout="constrained")
-    for axis, (setting, ending, title) in zip(axes, panels):
+    for axis, (setting, ending, title) in zip(axes, plots):
         for name, label in ((setting, "adaptive"), (f"{setting}, uniform queries", "uniform")):
             of_step = accuracies(name, ending)
             values = [list(of_seed.values()) for of_seed in of_step.values()]

@@ -190,8 +190,8 @@ def clip_lines(updates):
 
 
 def kind_lines(evaluations):
-    """A line for the kinds that end alike, such as +5, -5, *5 and /5: their mean accuracy at each
-    evaluation."""
+    """One line for all kinds with the same ending (all but their first character), such as +5, -5,
+    *5 and /5: their mean accuracy at each evaluation."""
     result = {}
     for ending in dict.fromkeys(row["kind"][1:] for row in evaluations):
         rows = [row for row in evaluations if row["kind"][1:] == ending]
@@ -203,11 +203,14 @@ def kind_lines(evaluations):
     return result
 
 
+BY_KIND = "held-out accuracy by kind of problem"
+
+
 def panels(metrics, evaluations, updates):
     """The rows of a run's tables -> {title of a panel: {line: [(step, value), ...]}}."""
     return {
-        "reward and held-out accuracy": lines(metrics, "reward", "accuracy"),
-        "held-out accuracy by kind of problem": kind_lines(evaluations),
+        "reward (of what is asked) and held-out accuracy": lines(metrics, "reward", "accuracy"),
+        BY_KIND: kind_lines(evaluations),
         "length of a response, tokens": lines(metrics, "length", "length_right", "length_wrong"),
         "share that thinks, and reward with and without":
             lines(metrics, "think", "reward_thinking", "reward_direct"),
@@ -228,7 +231,7 @@ def smooth(points, width):
 def draw_panel(axis, title, named_lines, summary):
     """One panel; `summary` has the accuracies of the teacher and of the cold start."""
     from matplotlib import pyplot as plt
-    by_kind = title == "held-out accuracy by kind of problem"
+    by_kind = title == BY_KIND
     ordered = by_kind or any(name.startswith(("layer", "mini-batch")) for name in named_lines)
     for i, (name, points) in enumerate(named_lines.items()):
         style = {"label": name, "lw": 1.3}
@@ -265,10 +268,10 @@ def curves(folder, n_panels=9):
     rows = -(-n_panels // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(4 * columns, 3.25 * rows), squeeze=False,
                                 layout="constrained")
-    for axis, (title, named_lines) in zip(axes.flat, drawn.items()):
+    for axis, (title, named_lines) in zip(axes.flat, list(drawn.items())[:n_panels]):
         draw_panel(axis, title, named_lines, summary)
     figure.suptitle(f"{config['algorithm']}, seed {config['seed']}, routing replay "
-                    f"{config['routing_replay']}; lines are means over 10 steps")
+                    f"{config['routing_replay']}; lines without dots are means over 10 steps")
     path = folder / ("curves.png" if n_panels == 9 else f"curves-{n_panels}.png")
     figure.savefig(path, dpi=110)
     plt.close(figure)
