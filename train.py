@@ -12,9 +12,9 @@
     3  RL           sample, reward, advantages, update; again                       rl
     4  report       what happened, in words, numbers and curves                     finish
 
-All chance comes from (seed, stage, step). So a checkpoint needs only the weights, the optimiser, the
-success rate of each kind of problem and the number of the step to go on exactly as if nothing had
-happened (on a CPU, with as many threads).
+All chance comes from (seed, stage, step). So a checkpoint needs only the weights, the optimiser,
+the success rate of each kind of problem and the number of the step to go on exactly as if nothing
+had happened (on a CPU, with as many threads).
 """
 import ast
 import copy
@@ -63,7 +63,7 @@ class ModelOptions:
 @dataclasses.dataclass
 class ColdStartOptions:
     """the cold start: imitation of the teacher"""
-    cold_steps: int = option(1250, "steps of imitation: until the thinking is mostly right", 1)
+    cold_steps: int = option(1100, "steps of imitation: until the thinking is mostly right", 1)
     muon_lr: float = option(0.02, "peak learning rate of the matrices in the layers (Muon)", 0, 1)
     cold_lr: float = option(6e-3, "peak learning rate of all other parameters (AdamW)", 0, 1)
     cold_tokens: int = option(3840, "tokens in a batch, padding not counted", 64)
@@ -74,7 +74,7 @@ class ColdStartOptions:
 class RLOptions:
     """RL"""
     algorithm: str = option("gspo", "the objective", choices=tuple(gspo.ALGORITHMS))
-    steps: int = option(250, "RL steps; held-out accuracy hardly rises any more after them", 0)
+    steps: int = option(200, "RL steps; held-out accuracy hardly rises any more after them", 0)
     queries: str = option("adaptive", "kinds of problem to ask: above all those that are sometimes "
                           "answered right (adaptive), or all equally often (uniform); a task "
                           "without kinds decides by itself", choices=("adaptive", "uniform"))

@@ -40,7 +40,7 @@ class Queries:
         return [self.task.sample(rng, kind) for kind in kinds]
 
     def learn(self, responses: list):
-        """Bring the estimates up to date with responses, which have a `problem.kind` and a `reward`.
+        """Bring the estimates up to date with responses that have a `problem.kind` and a `reward`.
         Rewards are cut to the range from 0 to 1 first."""
         for kind in self.kinds:
             rewards = [min(1.0, max(0.0, response.reward)) for response in responses
