@@ -34,8 +34,9 @@ SETTINGS = {
     "main job, uniform queries": (UNIFORM, range(5)),
     "long run": (LONG, range(5)),
     "long run, uniform queries": ([*LONG, *UNIFORM], range(5)),
-    "long run, luspo": ([*LONG, "--algorithm", "luspo"], range(3)),
-    "long run, dr_grpo": ([*LONG, "--algorithm", "dr_grpo"], range(3)),
+    # Without 1/|y|; compared with the same steps of the long run.
+    "long run, luspo": ([*LONG, "--algorithm", "luspo", *SHORT], range(3)),
+    "long run, dr_grpo": ([*LONG, "--algorithm", "dr_grpo", *SHORT], range(3)),
     "GSPO, the paper's clip range": (
         ["--clip_low", "3e-4", "--clip_high", "4e-4", *SHORT], range(5)),
     "GRPO": (["--algorithm", "grpo", *SHORT], range(5)),
