@@ -17,6 +17,7 @@ import moe
 import train as train_py
 from data import arithmetic
 from data.queries import Queries
+from lab import report
 
 HOUSE = Path(__file__).parent.parent
 SHORT = ("--cold_steps", "30", "--cold_tokens", "400", "--prompts", "4", "--group_size", "4",
@@ -280,6 +281,16 @@ def test_the_page_of_an_update_fits_the_terminal_and_changes_nothing(
     assert "\033" not in page
     assert max(map(len, page.splitlines())) <= 120
     assert Path("out/run-1/checkpoint.pt").read_bytes() == before
+
+
+def test_the_curves_have_a_line_for_the_kinds_that_end_alike():
+    rows = [("0", "+1", "0.5"), ("0", "-1", "0.7"), ("0", "+2", "0.1"),
+            ("9", "+1", "0.9"), ("9", "-1", "1.0"), ("9", "+2", "0.3")]
+    table = [dict(zip(train_py.EVALUATION_COLUMNS, row)) for row in rows]
+    lines = report.kind_lines(table)
+    assert list(lines) == ["+1 -1", "+2"]
+    assert lines["+1 -1"] == [(0, pytest.approx(0.6)), (9, pytest.approx(0.95))]
+    assert lines["+2"] == [(0, 0.1), (9, 0.3)]
 
 
 def test_an_answer_into_a_pipe_is_the_prompt_and_the_bare_response(train, capsys):
