@@ -32,11 +32,13 @@ UNIFORM = ["--queries", "uniform"]
 SETTINGS = {
     "main job": ([], range(5)),
     "main job, uniform queries": (UNIFORM, range(5)),
-    "long run": (LONG, range(5)),
-    "long run, uniform queries": ([*LONG, *UNIFORM], range(5)),
-    # Without 1/|y|; compared with the same steps of the long run.
-    "long run, luspo": ([*LONG, "--algorithm", "luspo", *SHORT], range(3)),
-    "long run, dr_grpo": ([*LONG, "--algorithm", "dr_grpo", *SHORT], range(3)),
+    # What the README shows: a longer cold start, and RL for longer.
+    "long run": ([*LONG, "--cold_steps", "2200", "--steps", "800"], range(3)),
+    "queries, adaptive": (LONG, range(5)),
+    "queries, uniform": ([*LONG, *UNIFORM], range(5)),
+    # Without 1/|y|; compared with the same steps of "queries, adaptive".
+    "five digits, luspo": ([*LONG, "--algorithm", "luspo", *SHORT], range(5)),
+    "five digits, dr_grpo": ([*LONG, "--algorithm", "dr_grpo", *SHORT], range(5)),
     "GSPO, the paper's clip range": (
         ["--clip_low", "3e-4", "--clip_high", "4e-4", *SHORT], range(5)),
     "GRPO": (["--algorithm", "grpo", *SHORT], range(5)),
@@ -164,17 +166,19 @@ def accuracies(setting, ending=None):
 
 
 def draw_queries():
-    """results/queries.png: held-out accuracy with adaptive and with uniform queries, over all kinds
-    and over those of 4 and of 5 digits; mean and range of the seeds."""
+    """results/queries.png: held-out accuracy with adaptive and with uniform queries, in the main
+    job and with up to five digits; mean and range of the seeds."""
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
-    plots = (("main job", None, "main job"), ("long run", None, "long run, 1 to 5 digits"),
-             ("long run", "4", "long run, 4 digits"), ("long run", "5", "long run, 5 digits"))
+    main = ("main job", "main job, uniform queries")
+    five = ("queries, adaptive", "queries, uniform")
+    plots = ((main, None, "main job"), (five, None, "1 to 5 digits"), (five, "4", "4 digits"),
+             (five, "5", "5 digits"))
     figure, axes = plt.subplots(1, 4, figsize=(16, 3.5), layout="constrained")
-    for axis, (setting, ending, title) in zip(axes, plots):
-        for name, label in ((setting, "adaptive"), (f"{setting}, uniform queries", "uniform")):
-            of_step = accuracies(name, ending)
+    for axis, (settings, ending, title) in zip(axes, plots):
+        for setting, label in zip(settings, ("adaptive", "uniform")):
+            of_step = accuracies(setting, ending)
             values = [list(of_seed.values()) for of_seed in of_step.values()]
             axis.plot(list(of_step), [statistics.fmean(v) for v in values], marker="o", label=label)
             axis.fill_between(list(of_step), [min(v) for v in values], [max(v) for v in values],
