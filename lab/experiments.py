@@ -26,19 +26,22 @@ COMPARED = 200      # RL steps
 SHORT = ["--steps", str(COMPARED)]
 OBJECTIVES = ("gspo", "gspo_token", "grpo", "ppo", "dr_grpo", "dapo", "cispo", "gmpo", "sapo",
               "luspo", "reinforce")
-LONG = ["--max_digits", "5", "--max_new_tokens", "112", "--steps", "500"]
+LONG = ["--max_digits", "5", "--max_new_tokens", "112"]
 UNIFORM = ["--queries", "uniform"]
 # name: options, seeds
 SETTINGS = {
     "main job": ([], range(5)),
     "main job, uniform queries": (UNIFORM, range(5)),
     # What the README shows: a longer cold start, and RL for longer.
-    "long run": ([*LONG, "--cold_steps", "2200", "--steps", "800"], range(3)),
-    "queries, adaptive": (LONG, range(5)),
-    "queries, uniform": ([*LONG, *UNIFORM], range(5)),
-    # Without 1/|y|; compared with the same steps of "queries, adaptive".
-    "five digits, luspo": ([*LONG, "--algorithm", "luspo", *SHORT], range(5)),
-    "five digits, dr_grpo": ([*LONG, "--algorithm", "dr_grpo", *SHORT], range(5)),
+    "long run": ([*LONG, "--cold_steps", "2200", "--steps", "500"], range(3)),
+    "long run, first steps": ([*LONG, "--cold_steps", "2200", *SHORT], range(5)),
+    # Without 1/|y|.
+    "long run, first steps, luspo": (
+        [*LONG, "--cold_steps", "2200", "--algorithm", "luspo", *SHORT], range(5)),
+    "long run, first steps, dr_grpo": (
+        [*LONG, "--cold_steps", "2200", "--algorithm", "dr_grpo", *SHORT], range(5)),
+    "queries, adaptive": ([*LONG, "--steps", "500"], range(5)),
+    "queries, uniform": ([*LONG, "--steps", "500", *UNIFORM], range(5)),
     "GSPO, the paper's clip range": (
         ["--clip_low", "3e-4", "--clip_high", "4e-4", *SHORT], range(5)),
     "GRPO": (["--algorithm", "grpo", *SHORT], range(5)),
