@@ -34,8 +34,8 @@ SETTINGS = {
     "main job, uniform queries": (UNIFORM, range(5)),
     # What the README shows: a longer cold start, and RL for longer.
     "long run": ([*LONG, "--cold_steps", "2200", "--steps", "500"], range(3)),
-    "long run, first steps": ([*LONG, "--cold_steps", "2200", *SHORT], range(5)),
-    # Without 1/|y|.
+    # The first steps of more seeds, and without 1/|y|.
+    "long run, first steps": ([*LONG, "--cold_steps", "2200", *SHORT], (3, 4)),
     "long run, first steps, luspo": (
         [*LONG, "--cold_steps", "2200", "--algorithm", "luspo", *SHORT], range(5)),
     "long run, first steps, dr_grpo": (
