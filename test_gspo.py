@@ -755,7 +755,9 @@ def test_replay_is_a_no_op_at_equal_weights(kind):
     if kind == "r2":
         rollout, _ = gspo.rescore(model, rollout, Settings(micro_tokens=50))
     replayed = gspo.score(model, rollout, replay=True)
-    assert torch.equal(replayed.logp, gspo.score(model, rollout).logp)      # bit for bit
+    # Not bit for bit: the sampler does not run a response's last token, so that its experts are
+    # none of the router's, and a product of other rows may round otherwise.
+    torch.testing.assert_close(replayed.logp, gspo.score(model, rollout).logp, rtol=0, atol=1e-6)
 
 
 def test_routing_metrics_compare_sets_and_count():
