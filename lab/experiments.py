@@ -1,7 +1,7 @@
 """Run several settings with several seeds. A run adds a row to results/runs.csv, and its held-out
 evaluations to results/evaluations.csv.
 
-    python -m lab.experiments                  run what is missing, 2 to 8 minutes a run, then:
+    python -m lab.experiments                  run what is missing, 2 to 14 minutes a run, then:
     python -m lab.experiments --table          print the table: mean and standard deviation
     python -m lab.experiments --figure         draw results/queries.png: adaptive beside uniform
     python -m lab.experiments "main job"       run only this setting, or several
