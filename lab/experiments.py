@@ -1,7 +1,7 @@
 """Run several settings with several seeds. A run adds a row to results/runs.csv, and its held-out
 evaluations to results/evaluations.csv.
 
-    python -m lab.experiments                  run what is missing, 2 to 14 minutes a run, then:
+    python -m lab.experiments                  run what is missing, up to 17 minutes a run, then:
     python -m lab.experiments --table          print the table: mean and standard deviation
     python -m lab.experiments --figure         draw results/queries.png: adaptive beside uniform
     python -m lab.experiments "main job"       run only this setting, or several
@@ -26,22 +26,21 @@ COMPARED = 200      # RL steps
 SHORT = ["--steps", str(COMPARED)]
 OBJECTIVES = ("gspo", "gspo_token", "grpo", "ppo", "dr_grpo", "dapo", "cispo", "gmpo", "sapo",
               "luspo", "reinforce")
-LONG = ["--max_digits", "5", "--max_new_tokens", "112"]
+FIVE_DIGITS = ["--max_digits", "5", "--max_new_tokens", "112"]
+LONG = [*FIVE_DIGITS, "--cold_steps", "2200"]       # what the README shows
 UNIFORM = ["--queries", "uniform"]
 # name: options, seeds
 SETTINGS = {
     "main job": ([], range(5)),
     "main job, uniform queries": (UNIFORM, range(5)),
-    # What the README shows: a longer cold start, and RL for longer.
-    "long run": ([*LONG, "--cold_steps", "2200", "--steps", "500"], range(3)),
+    "long run": ([*LONG, "--steps", "500"], range(3)),
+    "long run, 800 steps": ([*LONG, "--steps", "800"], [0]),
     # The first steps of more seeds, and without 1/|y|.
-    "long run, first steps": ([*LONG, "--cold_steps", "2200", *SHORT], (3, 4)),
-    "long run, first steps, luspo": (
-        [*LONG, "--cold_steps", "2200", "--algorithm", "luspo", *SHORT], range(5)),
-    "long run, first steps, dr_grpo": (
-        [*LONG, "--cold_steps", "2200", "--algorithm", "dr_grpo", *SHORT], range(5)),
-    "queries, adaptive": ([*LONG, "--steps", "500"], range(5)),
-    "queries, uniform": ([*LONG, "--steps", "500", *UNIFORM], range(5)),
+    "long run, first steps": ([*LONG, *SHORT], (3, 4)),
+    "long run, first steps, luspo": ([*LONG, "--algorithm", "luspo", *SHORT], range(5)),
+    "long run, first steps, dr_grpo": ([*LONG, "--algorithm", "dr_grpo", *SHORT], range(5)),
+    "queries, adaptive": ([*FIVE_DIGITS, "--steps", "500"], range(5)),
+    "queries, uniform": ([*FIVE_DIGITS, "--steps", "500", *UNIFORM], range(5)),
     "GSPO, the paper's clip range": (
         ["--clip_low", "3e-4", "--clip_high", "4e-4", *SHORT], range(5)),
     "GRPO": (["--algorithm", "grpo", *SHORT], range(5)),
