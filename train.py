@@ -145,7 +145,7 @@ class Config(RunOptions, RelativesOptions, RLOptions, ColdStartOptions, ModelOpt
 
 
 MAX_PROMPT = 64     # tokens
-LAYOUT = 2          # of a checkpoint; raise it when older ones can no longer be read
+LAYOUT = 3          # of a checkpoint; raise it when older ones can no longer be read
 
 
 class Run(NamedTuple):
@@ -159,9 +159,12 @@ class Run(NamedTuple):
 
 class Response(NamedTuple):
     problem: object
-    text: str | None    # without its end token; None if it was cut before one
+    text: str           # without its end token
+    cut: bool           # True if it has none: it had not ended after --max_new_tokens
     reward: float       # 0 if it was cut
     length: int         # tokens, the end token included
+    thinks: bool        # False if it was cut, or the task does not say what thinking is
+    measured: dict      # what the task measures of it
 
 
 # ---------------------------------------------------------------------------- 1 the cold start
@@ -281,7 +284,7 @@ def cold_start_key(run: Run) -> str:
     code = [code_of(x) for x in (
         moe, demonstrations, inspect.getmodule(type(run.task)), Tokenizer, build, orthogonalise,
         Muon, cold_optimizers, cold_start)]
-    parts = (options, vars(run.task), code, run.tokenizer.tokens, torch.__version__,
+    parts = (LAYOUT, options, vars(run.task), code, run.tokenizer.tokens, torch.__version__,
              run.model.embed.weight.device.type)
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
 
@@ -313,12 +316,12 @@ def reward_responses(run: Run, problems: list, rollout: moe.Rollout) -> list[Res
     rows = zip(rollout.response.tolist(), rollout.lengths.tolist())
     for i, (ids, length) in enumerate(rows):
         problem = problems[i // rollout.group_size]
-        text = None
-        value = 0.0
-        if ids[length - 1] == run.tokenizer.eos_id:
-            text = run.tokenizer.decode(ids[:length - 1])
-            value = float(run.task.reward(problem, text))
-        responses.append(Response(problem, text, value, length))
+        cut = ids[length - 1] != run.tokenizer.eos_id
+        text = run.tokenizer.decode(ids[:length] if cut else ids[:length - 1])
+        value = 0.0 if cut else float(run.task.reward(problem, text))
+        thinks = not cut and tasks.thinks(run.task, text)
+        measured = tasks.measure(run.task, problem, text, cut)
+        responses.append(Response(problem, text, cut, value, length, thinks, measured))
     return responses
 
 
@@ -465,7 +468,7 @@ def rl(run: Run, state: dict):
     learner = new_learner(run, state)
     queries = Queries(run.task, config.queries == "adaptive", state["success_rates"])
     saved_step = save_checkpoint(run, learner, state)
-    log = Log(run.folder, state["step"], config.n_layer)
+    log = Log(run.folder, state["step"], config.n_layer, list(state["evaluation"]["measured"]))
     start = state["step"]
     if start == 0:
         log.write_evaluation(0, state["first_evaluation"])
@@ -544,11 +547,12 @@ def table_writer(path: Path, columns: list[str], step: int) -> csv.DictWriter:
 class Log:
     """metrics.csv, a row for each RL step; evaluations.csv, the mean reward of each kind of problem
     in each held-out evaluation; and updates.csv, a row for each optimiser step, with a column for
-    each layer of the per-layer metrics: expert_change_0, expert_change_1, ..."""
-    def __init__(self, folder: Path, step: int, n_layer: int):
+    each layer of the per-layer metrics: expert_change_0, expert_change_1, ... `measured` are the
+    names of what the task measures."""
+    def __init__(self, folder: Path, step: int, n_layer: int, measured: list[str]):
         layers = itertools.product(report.LAYERED, range(n_layer))
         layered = [f"{name}_{layer}" for name, layer in layers]
-        self.metrics = table_writer(folder / "metrics.csv", COLUMNS, step)
+        self.metrics = table_writer(folder / "metrics.csv", COLUMNS + measured, step)
         self.updates = table_writer(folder / "updates.csv", UPDATE_COLUMNS + layered, step)
         self.evaluations = table_writer(folder / "evaluations.csv", EVALUATION_COLUMNS, step)
 
@@ -645,10 +649,13 @@ def finish(run: Run, state: dict):
         "accuracy_teacher": state["accuracy_teacher"], "accuracy_cold_start": cold["accuracy"],
         "accuracy": last["accuracy"], "accuracy_greedy": last["accuracy_greedy"],
         "think_share_cold_start": cold["think_share"], "think_share": last["think_share"],
+        "length_cold_start": cold["length"], "length": last["length"],
         "seconds_cold_start": state["seconds_cold_start"], "seconds_rl": state["seconds_rl"],
         "seconds": state["seconds_before_rl"] + state["seconds_rl"],
         "peak_memory_mib": report.peak_memory_mib(), "steps": state["step"],
         "responses": state["responses"]}
+    for name, value in last["measured"].items():
+        summary |= {f"{name}_cold_start": cold["measured"][name], name: value}
     (run.folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     print("4 report", *report.summary_lines(summary, run.config.algorithm), sep="\n  ")
     try:
@@ -729,7 +736,9 @@ def parse(argv: list[str] | None) -> tuple[Config, object, dict, dict | None]:
     Task = tasks.task_class(task_name)              # its fields are options too
     groups = {group.__doc__: group for group in OPTION_GROUPS}
     groups[f"the task {Task.__module__}"] = Task
-    given = vars(parser_for(__doc__, groups).parse_args(argv))      # a flag not given is not there
+    suggested = tasks.suggested_defaults(task_name, Config)
+    parser = parser_for(__doc__, groups, suggested)
+    given = vars(parser.parse_args(argv))           # a flag not given is not there
     todo = {name: given.pop(name) for name in ("ask", "inspect", "eval_only", "resume", "fresh")}
     state = None
     if todo["ask"] is not None or todo["inspect"] or todo["eval_only"] or todo["resume"]:
@@ -742,6 +751,8 @@ def parse(argv: list[str] | None) -> tuple[Config, object, dict, dict | None]:
                                  "which only a new run can change")
         given = state["options"] | given | {"out": str(folder)}
         Task = tasks.task_class(given["task"])
+    else:
+        given = suggested | given
     own = {field.name for field in dataclasses.fields(Config)}
     config = Config(**{name: value for name, value in given.items() if name in own})
     task = Task(**{name: value for name, value in given.items() if name not in own})
@@ -769,7 +780,7 @@ def build(config: Config, task, state: dict | None = None) -> Run:
     if device not in devices:
         raise ValueError(f"argument --device: there is no {device} here; choose from "
                          f"{', '.join(devices)}")
-    tokenizer = Tokenizer()
+    tokenizer = Tokenizer(tasks.vocabulary(config.task))
     demonstrations.check(task, tokenizer, MAX_PROMPT, config.max_new_tokens)
     sizes = {field.name: getattr(config, field.name) for field in dataclasses.fields(ModelOptions)}
     model = moe.MoETransformer(moe.MoEConfig(

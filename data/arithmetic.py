@@ -191,6 +191,9 @@ class Task:
         nested = "<" in thinking.removeprefix("<think>")
         return float(answer == problem.answer and not nested)
 
+    def thinks(self, response: str) -> bool:
+        return response.startswith("<think>")
+
 
 def share_right(task: Task, problems: list[Problem], rng: random.Random) -> float:
     """How often the teacher is right."""

@@ -6,7 +6,7 @@ A task is a file `data/NAME.py` with a class `Task`, a dataclass or not, that ha
     demonstrate(problem, rng)      -> a response to imitate, right or wrong: a text
     reward(problem, response)      -> a finite number, for any text `response`
 
-`rng` is a random.Random, the only source of chance. Three things are optional:
+`rng` is a random.Random, the only source of chance. The rest is optional:
 
     held_out()                     -> a list of problems that `sample` never gives, for evaluation
     problem.kind                   a short text such as "+3". In the table of accuracies, kinds with
@@ -15,12 +15,20 @@ A task is a file `data/NAME.py` with a class `Task`, a dataclass or not, that ha
     kinds, sample(rng, kind)       a list of all kinds, and a problem of the kind you name, which is
                                    its problem.kind: RL then asks above all what is sometimes
                                    answered right (data/queries.py)
+    thinks(response)               True if the text thinks before it answers: the log has the share
+                                   that does, and its reward
+    measure(problem, response, cut)  -> numbers about any text, by name, always the same names; `cut`
+                                   is True if the text was cut before its end. The log has their
+                                   means
+    defaults                       a dict: other defaults for options of train.py
+    data/NAME.txt                  its own vocabulary, in place of data/vocabulary.txt
 
 If the class is a dataclass, its fields become options of the command line. Every character of a
-prompt or a demonstration must be in data/vocabulary.txt.
+prompt or a demonstration must be in the vocabulary.
 """
 import importlib.util
 import random
+from pathlib import Path
 
 METHODS = ("sample", "demonstrate", "reward")
 
@@ -39,6 +47,30 @@ def task_class(name: str) -> type:
         raise ValueError(f"task {name!r}: its class Task lacks {' and '.join(missing)}; "
                          "data/tasks.py says what it needs")
     return Task
+
+
+def thinks(task, response: str) -> bool:
+    return bool(task.thinks(response)) if hasattr(task, "thinks") else False
+
+
+def measure(task, problem, response: str, cut: bool) -> dict[str, float]:
+    return task.measure(problem, response, cut) if hasattr(task, "measure") else {}
+
+
+def suggested_defaults(name: str, options: type) -> dict:
+    """The defaults that data/NAME.py suggests for fields of the dataclass `options`. ValueError for
+    a name that is no field."""
+    suggested = dict(getattr(task_class(name), "defaults", {}))
+    for option in suggested:
+        if option not in options.__dataclass_fields__:
+            raise ValueError(f"task {name!r}: its `defaults` have {option!r}, which is no option")
+    return suggested
+
+
+def vocabulary(name: str) -> Path:
+    """The vocabulary file of data/NAME.py."""
+    own = Path(__file__).parent / f"{name}.txt"
+    return own if own.exists() else own.with_name("vocabulary.txt")
 
 
 def held_out_problems(task) -> list:

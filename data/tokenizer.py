@@ -12,7 +12,7 @@ import tiktoken
 
 
 class Tokenizer:
-    def __init__(self, path=Path(__file__).parent / "vocabulary.txt"):
+    def __init__(self, path: Path = Path(__file__).parent / "vocabulary.txt"):
         self.tokens = Path(path).read_text(encoding="utf-8").split()
         special = {token: i for i, token in enumerate(self.tokens) if len(token) > 1}
         characters = {token: i for i, token in enumerate(self.tokens) if len(token) == 1}

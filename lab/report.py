@@ -42,31 +42,33 @@ def means(updates):
     return result
 
 
-def thinks(response):
-    return response.text is not None and response.text.startswith("<think>")
-
-
 def response_metrics(responses):
     """Reward and length of all responses, of those that think and that answer at once, of right and
-    wrong ones. A response that was cut neither thinks nor answers at once."""
-    thinking = [r for r in responses if thinks(r)]
+    wrong ones; and what the task measures. A response that was cut neither thinks nor answers at
+    once."""
+    thinking = [r for r in responses if r.thinks]
     kinds = {
         "": responses,
         "_thinking": thinking,
-        "_direct": [r for r in responses if r.text is not None and not thinks(r)],
+        "_direct": [r for r in responses if not r.cut and not r.thinks],
         "_right": [r for r in responses if r.reward > 0],
         "_wrong": [r for r in responses if r.reward <= 0],
     }
     metrics = {
         "responses": len(responses),
         "think": len(thinking) / len(responses),
-        "truncated": mean(r.text is None for r in responses),
+        "truncated": mean(r.cut for r in responses),
     }
     for kind, chosen in kinds.items():
         if chosen:
             metrics[f"reward{kind}"] = mean(r.reward for r in chosen)
             metrics[f"length{kind}"] = mean(r.length for r in chosen)
-    return metrics
+    return metrics | measured(responses)
+
+
+def measured(responses):
+    """The means of what the task measures."""
+    return {name: mean(r.measured[name] for r in responses) for name in responses[0].measured}
 
 
 def evaluation(sampled, greedy):
@@ -82,6 +84,7 @@ def evaluation(sampled, greedy):
         "think_share": metrics["think"],
         "accuracy_thinking": metrics.get("reward_thinking", 0.0),
         "length": metrics["length"],
+        "measured": measured(sampled),
         "kinds": {kind: mean(rewards) for kind, rewards in rewards_of_kind.items()},
     }
 
@@ -116,6 +119,8 @@ def evaluation_lines(result):
            f"greedy; {result['length']:.1f} tokens a response")
     yield (f"{result['think_share']:.0%} of the responses think, and of these "
            f"{result['accuracy_thinking']:.0%} are right")
+    if result["measured"]:
+        yield "   ".join(f"{name} {value:.3f}" for name, value in result["measured"].items())
     for operation in dict.fromkeys(kind[:1] for kind in result["kinds"]):
         cells = [f"{kind:>4} {accuracy:.2f}" for kind, accuracy in result["kinds"].items()
                  if kind[:1] == operation]
@@ -125,10 +130,10 @@ def evaluation_lines(result):
 def sample_lines(responses, n=5):
     """A few right and a few wrong responses, at most one to a problem."""
     for name, wanted in (("right", True), ("wrong", False)):
-        text_of = {r.problem.prompt: r.text for r in responses if (r.reward > 0) == wanted}
-        for prompt in list(text_of)[::len(text_of) // n + 1]:
-            text = text_of[prompt]
-            yield f"{name}   {prompt}{'(cut before its end)' if text is None else text}"
+        of_prompt = {r.problem.prompt: r for r in responses if (r.reward > 0) == wanted}
+        for prompt in list(of_prompt)[::len(of_prompt) // n + 1]:
+            response = of_prompt[prompt]
+            yield f"{name}   {prompt}{response.text}{' (cut)' if response.cut else ''}"
 
 
 def show(result, responses, path=None, title=""):
