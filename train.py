@@ -653,9 +653,8 @@ def finish(run: Run, state: dict):
         "seconds_cold_start": state["seconds_cold_start"], "seconds_rl": state["seconds_rl"],
         "seconds": state["seconds_before_rl"] + state["seconds_rl"],
         "peak_memory_mib": report.peak_memory_mib(), "steps": state["step"],
-        "responses": state["responses"]}
-    for name, value in last["measured"].items():
-        summary |= {f"{name}_cold_start": cold["measured"][name], name: value}
+        "responses": state["responses"],
+        "measured_cold_start": cold["measured"], "measured": last["measured"]}
     (run.folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     print("4 report", *report.summary_lines(summary, run.config.algorithm), sep="\n  ")
     try:

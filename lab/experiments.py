@@ -111,7 +111,11 @@ def measure(name, options, seed, commit):
     compared = every_step[:COMPARED]
     row = {"setting": name, "seed": seed, "command": "python " + " ".join(command),
            "commit": commit, "machine": machine()}
-    row |= json.loads((out / "summary.json").read_text())
+    summary = json.loads((out / "summary.json").read_text())
+    row |= summary.pop("measured")
+    row |= {f"{name}_cold_start": value
+            for name, value in summary.pop("measured_cold_start").items()}
+    row |= summary
     row["reward_last_50"] = mean_of(every_step[-50:], "reward")
     row[f"accuracy_{COMPARED}"] = compared[-1]["accuracy"]
     for column in MEANS:

@@ -196,8 +196,10 @@ def clip_lines(updates):
 
 def kind_lines(evaluations):
     """One line for all kinds with the same ending (all but their first character), such as +5, -5,
-    *5 and /5: their mean accuracy at each evaluation."""
+    *5 and /5: their mean accuracy at each evaluation. None if all problems are of one kind."""
     result = {}
+    if len({row["kind"] for row in evaluations}) < 2:
+        return result
     for ending in dict.fromkeys(row["kind"][1:] for row in evaluations):
         rows = [row for row in evaluations if row["kind"][1:] == ending]
         accuracies_at = {}
@@ -211,12 +213,17 @@ def kind_lines(evaluations):
 BY_KIND = "held-out accuracy by kind of problem"
 
 
-def panels(metrics, evaluations, updates):
-    """The rows of a run's tables -> {title of a panel: {line: [(step, value), ...]}}."""
-    return {
+def panels(metrics, evaluations, updates, measured):
+    """The rows of a run's tables -> {title of a panel: {line: [(step, value), ...]}}. A task has
+    kinds or measures, or both, or none: a panel without lines is left out."""
+    counts = [name for name in measured if any(float(row[name]) > 1 for row in metrics)]
+    shares = [name for name in measured if name not in counts]
+    all_panels = {
         "reward (of what is asked) and held-out accuracy": lines(metrics, "reward", "accuracy"),
         BY_KIND: kind_lines(evaluations),
+        "measured by the task: shares": lines(metrics, *shares),
         "length of a response, tokens": lines(metrics, "length", "length_right", "length_wrong"),
+        "measured by the task: counts": lines(metrics, *counts),
         "share that thinks, and reward with and without":
             lines(metrics, "think", "reward_thinking", "reward_direct"),
         "share of tokens clipped": clip_lines(updates),
@@ -225,6 +232,7 @@ def panels(metrics, evaluations, updates):
         "load of the busiest expert (1: even)": layer_lines(updates, "expert_load"),
         "entropy (nats) and groups without signal": lines(metrics, "entropy", "no_signal"),
     }
+    return {title: named_lines for title, named_lines in all_panels.items() if named_lines}
 
 
 def smooth(points, width):
@@ -255,29 +263,32 @@ def draw_panel(axis, title, named_lines, summary):
     axis.set_xlabel("RL step")
     axis.set_ylim(bottom=0)
     axis.grid(alpha=0.3)
-    if named_lines:
-        axis.legend(fontsize=8)
+    axis.legend(fontsize=8)
 
 
-def curves(folder, n_panels=9):
-    """The tables of a run -> curves.png, and its path. ImportError without matplotlib."""
+def curves(folder, n_panels=None):
+    """The tables of a run -> curves.png, and its path: all panels, or so many. ImportError without
+    matplotlib."""
     import matplotlib
     matplotlib.use("Agg")       # no window, no display needed
     from matplotlib import pyplot as plt
     folder = Path(folder)
     config = json.loads((folder / "config.json").read_text())
     summary = json.loads((folder / "summary.json").read_text())
-    drawn = panels(*(read_table(folder / f"{name}.csv")
-                     for name in ("metrics", "evaluations", "updates")))
-    columns = min(n_panels, 3)
-    rows = -(-n_panels // columns)
+    tables = [read_table(folder / f"{name}.csv") for name in ("metrics", "evaluations", "updates")]
+    all_panels = list(panels(*tables, summary["measured"]).items())
+    drawn = all_panels[:n_panels]
+    columns = min(len(drawn), 3)
+    rows = -(-len(drawn) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(4 * columns, 3.25 * rows), squeeze=False,
                                 layout="constrained")
-    for axis, (title, named_lines) in zip(axes.flat, list(drawn.items())[:n_panels]):
+    for axis, (title, named_lines) in zip(axes.flat, drawn):
         draw_panel(axis, title, named_lines, summary)
+    for axis in axes.flat[len(drawn):]:
+        axis.set_visible(False)
     figure.suptitle(f"{config['algorithm']}, seed {config['seed']}, routing replay "
                     f"{config['routing_replay']}; lines without dots are means over 10 steps")
-    path = folder / ("curves.png" if n_panels == 9 else f"curves-{n_panels}.png")
+    path = folder / ("curves.png" if n_panels is None else f"curves-{n_panels}.png")
     figure.savefig(path, dpi=110)
     plt.close(figure)
     return path

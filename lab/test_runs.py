@@ -191,12 +191,12 @@ def test_dynamic_sampling_goes_on_until_every_group_has_a_signal():
     assert samples.rewards.shape == (32, 2)
     assert len(samples.all_responses) > 64
     # Each row still has the reward of its own response.
-    texts = [(r.text, r.reward) for r in samples.all_responses]
+    texts = [(r.text, r.cut, r.reward) for r in samples.all_responses]
     for ids, n, reward in zip(samples.rollout.response.tolist(), samples.rollout.lengths,
                               samples.rewards.flatten().tolist()):
         ended = ids[n - 1] == run.tokenizer.eos_id
-        text = run.tokenizer.decode(ids[:n - 1]) if ended else None
-        assert (text, reward) in texts
+        text = run.tokenizer.decode(ids[:n - 1] if ended else ids[:n])
+        assert (text, not ended, reward) in texts
 
 
 def test_dynamic_sampling_says_so_when_it_gives_up(capsys):
