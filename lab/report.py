@@ -163,6 +163,11 @@ def summary_lines(s, algorithm):
            f"problems; it thought in {s['think_share_cold_start']:.0%} of its responses.")
     yield (f"{s['steps']} steps of RL with {algorithm} took it to {s['accuracy']:.1%} "
            f"({s['accuracy_greedy']:.1%} greedy), thinking in {s['think_share']:.0%}.")
+    yield f"A response has {s['length']:.1f} tokens; before RL it had {s['length_cold_start']:.1f}."
+    if s["measured"]:
+        changes = [f"{name} {before:.3f} → {s['measured'][name]:.3f}"
+                   for name, before in s["measured_cold_start"].items()]
+        yield f"Before and after RL: {', '.join(changes)}."
     yield (f"That took {clock(s['seconds'])} minutes, {clock(s['seconds_cold_start'])} of them the "
            f"cold start, and {s['peak_memory_mib']} MiB of memory.")
 
@@ -221,9 +226,10 @@ def panels(metrics, evaluations, updates, measured):
     all_panels = {
         "reward (of what is asked) and held-out accuracy": lines(metrics, "reward", "accuracy"),
         BY_KIND: kind_lines(evaluations),
-        "measured by the task: shares": lines(metrics, *shares),
+        "reward, and shares that the task measures":
+            lines(metrics, "reward", *shares) if shares else {},
         "length of a response, tokens": lines(metrics, "length", "length_right", "length_wrong"),
-        "measured by the task: counts": lines(metrics, *counts),
+        "counts that the task measures": lines(metrics, *counts),
         "share that thinks, and reward with and without":
             lines(metrics, "think", "reward_thinking", "reward_direct"),
         "share of tokens clipped": clip_lines(updates),
