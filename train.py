@@ -735,7 +735,7 @@ def parse(argv: list[str] | None) -> tuple[Config, object, dict, dict | None]:
     Task = tasks.task_class(task_name)              # its fields are options too
     groups = {group.__doc__: group for group in OPTION_GROUPS}
     groups[f"the task {Task.__module__}"] = Task
-    suggested = tasks.suggested_defaults(task_name, Config)
+    suggested = tasks.suggested_defaults(Task, Config)
     parser = parser_for(__doc__, groups, suggested)
     given = vars(parser.parse_args(argv))           # a flag not given is not there
     todo = {name: given.pop(name) for name in ("ask", "inspect", "eval_only", "resume", "fresh")}

@@ -26,6 +26,7 @@ A task is a file `data/NAME.py` with a class `Task`, a dataclass or not, that ha
 If the class is a dataclass, its fields become options of the command line. Every character of a
 prompt or a demonstration must be in the vocabulary.
 """
+import dataclasses
 import importlib.util
 import random
 from pathlib import Path
@@ -57,20 +58,22 @@ def measure(task, problem, response: str, cut: bool) -> dict[str, float]:
     return task.measure(problem, response, cut) if hasattr(task, "measure") else {}
 
 
-def suggested_defaults(name: str, options: type) -> dict:
-    """The defaults that data/NAME.py suggests for fields of the dataclass `options`. ValueError for
+def suggested_defaults(Task: type, options: type) -> dict:
+    """The defaults that a class Task suggests for fields of the dataclass `options`. ValueError for
     a name that is no field."""
-    suggested = dict(getattr(task_class(name), "defaults", {}))
-    for option in suggested:
-        if option not in options.__dataclass_fields__:
-            raise ValueError(f"task {name!r}: its `defaults` have {option!r}, which is no option")
+    suggested = dict(getattr(Task, "defaults", {}))
+    names = [field.name for field in dataclasses.fields(options)]
+    for name in suggested:
+        if name not in names:
+            raise ValueError(f"task {Task.__module__}: its `defaults` name {name!r}, which is no "
+                             "option")
     return suggested
 
 
 def vocabulary(name: str) -> Path:
     """The vocabulary file of data/NAME.py."""
-    own = Path(__file__).parent / f"{name}.txt"
-    return own if own.exists() else own.with_name("vocabulary.txt")
+    own = Path(importlib.util.find_spec(f"data.{name}").origin).with_suffix(".txt")
+    return own if own.exists() else Path(__file__).with_name("vocabulary.txt")
 
 
 def held_out_problems(task) -> list:

@@ -44,6 +44,7 @@ SETTINGS = {
     "GSPO, the paper's clip range": (
         ["--clip_low", "3e-4", "--clip_high", "4e-4", *SHORT], range(5)),
     "GRPO": (["--algorithm", "grpo", *SHORT], range(5)),
+    "countdown": (["--task", "countdown"], range(5)),
     "objective reinforce, on-policy": (["--algorithm", "reinforce", "--mini_batches", "1"], [0]),
     "objective dapo, dynamic sampling, overlong": (
         ["--algorithm", "dapo", "--dynamic_sampling", "--overlong", "16", *SHORT], [0]),
