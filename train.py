@@ -2,6 +2,7 @@
 
     python train.py                        the whole job, from random weights, in minutes on a CPU
     python train.py --algorithm grpo       another objective, from the same cold start
+    python train.py --task countdown       another task: a search that learns not to give up
     python train.py --ask "47*8="          ask the model of the last run
     python train.py --inspect              see what an update does to it, token by token
     python train.py --resume               go on after Ctrl-C, to the very same numbers
@@ -74,7 +75,7 @@ class ColdStartOptions:
 class RLOptions:
     """RL"""
     algorithm: str = option("gspo", "the objective", choices=tuple(gspo.ALGORITHMS))
-    steps: int = option(200, "RL steps; held-out accuracy hardly rises any more after them", 0)
+    steps: int = option(200, "RL steps: until held-out accuracy hardly rises any more", 0)
     queries: str = option("adaptive", "kinds of problem to ask: above all those that are sometimes "
                           "answered right (adaptive), or all equally often (uniform); a task "
                           "without kinds decides by itself", choices=("adaptive", "uniform"))
@@ -158,13 +159,14 @@ class Run(NamedTuple):
 
 
 class Response(NamedTuple):
+    """What a response says and is worth."""
     problem: object
     text: str           # without its end token
-    cut: bool           # True if it has none: it had not ended after --max_new_tokens
+    cut: bool           # True if it had no end token after --max_new_tokens
     reward: float       # 0 if it was cut
     length: int         # tokens, the end token included
     thinks: bool        # False if it was cut, or the task does not say what thinking is
-    measured: dict      # what the task measures of it
+    measures: dict      # {name: number}, empty if the task measures nothing
 
 
 # ---------------------------------------------------------------------------- 1 the cold start
@@ -311,17 +313,17 @@ def sample_responses(run: Run, model: moe.MoETransformer, problems: list, group_
 
 
 def reward_responses(run: Run, problems: list, rollout: moe.Rollout) -> list[Response]:
-    """What each response, row by row, says and is worth."""
+    """Decode, reward and measure each response, row by row."""
     responses = []
     rows = zip(rollout.response.tolist(), rollout.lengths.tolist())
     for i, (ids, length) in enumerate(rows):
         problem = problems[i // rollout.group_size]
         cut = ids[length - 1] != run.tokenizer.eos_id
         text = run.tokenizer.decode(ids[:length] if cut else ids[:length - 1])
-        value = 0.0 if cut else float(run.task.reward(problem, text))
+        reward = 0.0 if cut else float(run.task.reward(problem, text))
         thinks = not cut and tasks.thinks(run.task, text)
-        measured = tasks.measure(run.task, problem, text, cut)
-        responses.append(Response(problem, text, cut, value, length, thinks, measured))
+        measures = tasks.measure(run.task, problem, text, cut)
+        responses.append(Response(problem, text, cut, reward, length, thinks, measures))
     return responses
 
 
@@ -468,7 +470,7 @@ def rl(run: Run, state: dict):
     learner = new_learner(run, state)
     queries = Queries(run.task, config.queries == "adaptive", state["success_rates"])
     saved_step = save_checkpoint(run, learner, state)
-    log = Log(run.folder, state["step"], config.n_layer, list(state["evaluation"]["measured"]))
+    log = Log(run.folder, state["step"], config.n_layer, list(state["evaluation"]["measures"]))
     start = state["step"]
     if start == 0:
         log.write_evaluation(0, state["first_evaluation"])
@@ -545,14 +547,14 @@ def table_writer(path: Path, columns: list[str], step: int) -> csv.DictWriter:
 
 
 class Log:
-    """metrics.csv, a row for each RL step; evaluations.csv, the mean reward of each kind of problem
-    in each held-out evaluation; and updates.csv, a row for each optimiser step, with a column for
-    each layer of the per-layer metrics: expert_change_0, expert_change_1, ... `measured` are the
-    names of what the task measures."""
-    def __init__(self, folder: Path, step: int, n_layer: int, measured: list[str]):
+    """metrics.csv, a row for each RL step, with a column for each of the `measures` of the task;
+    evaluations.csv, the accuracy on each kind of problem in each held-out evaluation; and
+    updates.csv, a row for each optimiser step, with a column for each layer of the per-layer
+    metrics: expert_change_0, expert_change_1, ..."""
+    def __init__(self, folder: Path, step: int, n_layer: int, measures: list[str]):
         layers = itertools.product(report.LAYERED, range(n_layer))
         layered = [f"{name}_{layer}" for name, layer in layers]
-        self.metrics = table_writer(folder / "metrics.csv", COLUMNS + measured, step)
+        self.metrics = table_writer(folder / "metrics.csv", COLUMNS + measures, step)
         self.updates = table_writer(folder / "updates.csv", UPDATE_COLUMNS + layered, step)
         self.evaluations = table_writer(folder / "evaluations.csv", EVALUATION_COLUMNS, step)
 
@@ -654,7 +656,7 @@ def finish(run: Run, state: dict):
         "seconds": state["seconds_before_rl"] + state["seconds_rl"],
         "peak_memory_mib": report.peak_memory_mib(), "steps": state["step"],
         "responses": state["responses"],
-        "measured_cold_start": cold["measured"], "measured": last["measured"]}
+        "measures_cold_start": cold["measures"], "measures": last["measures"]}
     (run.folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     print("4 report", *report.summary_lines(summary, run.config.algorithm), sep="\n  ")
     try:
@@ -735,8 +737,8 @@ def parse(argv: list[str] | None) -> tuple[Config, object, dict, dict | None]:
     Task = tasks.task_class(task_name)              # its fields are options too
     groups = {group.__doc__: group for group in OPTION_GROUPS}
     groups[f"the task {Task.__module__}"] = Task
-    suggested = tasks.suggested_defaults(Task, Config)
-    parser = parser_for(__doc__, groups, suggested)
+    task_defaults = tasks.defaults(Task, Config)
+    parser = parser_for(__doc__, groups, task_defaults)
     given = vars(parser.parse_args(argv))           # a flag not given is not there
     todo = {name: given.pop(name) for name in ("ask", "inspect", "eval_only", "resume", "fresh")}
     state = None
@@ -751,7 +753,7 @@ def parse(argv: list[str] | None) -> tuple[Config, object, dict, dict | None]:
         given = state["options"] | given | {"out": str(folder)}
         Task = tasks.task_class(given["task"])
     else:
-        given = suggested | given
+        given = task_defaults | given
     own = {field.name for field in dataclasses.fields(Config)}
     config = Config(**{name: value for name, value in given.items() if name in own})
     task = Task(**{name: value for name, value in given.items() if name not in own})
@@ -781,6 +783,10 @@ def build(config: Config, task, state: dict | None = None) -> Run:
                          f"{', '.join(devices)}")
     tokenizer = Tokenizer(tasks.vocabulary(config.task))
     demonstrations.check(task, tokenizer, MAX_PROMPT, config.max_new_tokens)
+    for name in tasks.measure(task, task.sample(random.Random(0)), "", True):
+        if name in COLUMNS:
+            raise ValueError(f"the task measures {name!r}, a column that metrics.csv has already; "
+                             "choose another name")
     sizes = {field.name: getattr(config, field.name) for field in dataclasses.fields(ModelOptions)}
     model = moe.MoETransformer(moe.MoEConfig(
         len(tokenizer.tokens), max_length=MAX_PROMPT + config.max_new_tokens, **sizes)).to(device)

@@ -17,10 +17,12 @@ A task is a file `data/NAME.py` with a class `Task`, a dataclass or not, that ha
                                    answered right (data/queries.py)
     thinks(response)               True if the text thinks before it answers: the log has the share
                                    that does, and its reward
-    measure(problem, response, cut)  -> numbers about any text, by name, always the same names; `cut`
-                                   is True if the text was cut before its end. The log has their
-                                   means
-    defaults                       a dict: other defaults for options of train.py
+    measure(problem, response, cut)
+                                   a dict {name: number} about any text, with the same names each
+                                   time; `cut` says that the text had not ended, so that its reward
+                                   is 0. Their means are logged, printed and drawn
+    defaults                       a dict {option: value}: other defaults for options of train.py.
+                                   In a dataclass, annotate it as ClassVar
     data/NAME.txt                  its own vocabulary, in place of data/vocabulary.txt
 
 If the class is a dataclass, its fields become options of the command line. Every character of a
@@ -51,27 +53,29 @@ def task_class(name: str) -> type:
 
 
 def thinks(task, response: str) -> bool:
+    """False for all responses if the task does not say what thinking is."""
     return bool(task.thinks(response)) if hasattr(task, "thinks") else False
 
 
 def measure(task, problem, response: str, cut: bool) -> dict[str, float]:
-    return task.measure(problem, response, cut) if hasattr(task, "measure") else {}
+    """Nothing if the task does not say what to measure."""
+    measures = task.measure(problem, response, cut) if hasattr(task, "measure") else {}
+    return {name: float(value) for name, value in measures.items()}
 
 
-def suggested_defaults(Task: type, options: type) -> dict:
-    """The defaults that a class Task suggests for fields of the dataclass `options`. ValueError for
-    a name that is no field."""
-    suggested = dict(getattr(Task, "defaults", {}))
+def defaults(Task: type, options: type) -> dict:
+    """The defaults of a class Task for fields of the dataclass `options`. ValueError for a name
+    that is no field."""
+    of_task = dict(getattr(Task, "defaults", {}))
     names = [field.name for field in dataclasses.fields(options)]
-    for name in suggested:
+    for name in of_task:
         if name not in names:
-            raise ValueError(f"task {Task.__module__}: its `defaults` name {name!r}, which is no "
-                             "option")
-    return suggested
+            raise ValueError(f"{Task.__module__}: its `defaults` name {name!r}, which is no option")
+    return of_task
 
 
 def vocabulary(name: str) -> Path:
-    """The vocabulary file of data/NAME.py."""
+    """The vocabulary file of data/NAME.py: data/NAME.txt, or else data/vocabulary.txt."""
     own = Path(importlib.util.find_spec(f"data.{name}").origin).with_suffix(".txt")
     return own if own.exists() else Path(__file__).with_name("vocabulary.txt")
 

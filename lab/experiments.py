@@ -113,9 +113,9 @@ def measure(name, options, seed, commit):
     row = {"setting": name, "seed": seed, "command": "python " + " ".join(command),
            "commit": commit, "machine": machine()}
     summary = json.loads((out / "summary.json").read_text())
-    row |= summary.pop("measured")
+    row |= summary.pop("measures")
     row |= {f"{name}_cold_start": value
-            for name, value in summary.pop("measured_cold_start").items()}
+            for name, value in summary.pop("measures_cold_start").items()}
     row |= summary
     row["reward_last_50"] = mean_of(every_step[-50:], "reward")
     row[f"accuracy_{COMPARED}"] = compared[-1]["accuracy"]

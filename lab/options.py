@@ -24,15 +24,15 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         fail(f"{message} (see --help)")
 
-    def add_fields(self, title, fields, suggested):
+    def add_fields(self, title, fields, task_defaults):
         """A group of flags, one for each field. A flag that is not given gets no value at all."""
         group = self.add_argument_group(title)
         for field in fields:
             metadata = field.metadata
             choices = metadata.get("choices")
             help_text = metadata.get("help", "")
-            if field.name in suggested:
-                help_text += f" (default for this task: {suggested[field.name]})"
+            if field.name in task_defaults:
+                help_text += f" (default for this task: {task_defaults[field.name]})"
             elif field.default is not None and field.default is not False:
                 help_text += f" (default: {field.default})"
             if field.type is bool:
@@ -45,10 +45,9 @@ class Parser(argparse.ArgumentParser):
                 metavar=None if choices else field.type.__name__.upper())
 
 
-def parser_for(about, groups, suggested):
+def parser_for(about, groups, task_defaults):
     """The command line of train.py. `groups` has a class for each title of a group of flags; the
-    fields of one that is a dataclass become flags. `suggested` are the defaults that the task
-    suggests."""
+    fields of one that is a dataclass become flags. `task_defaults` are for --help only."""
     parser = Parser(description=about)
     existing = parser.add_argument_group("with the last run in out/, or the one in --out")
     existing = existing.add_mutually_exclusive_group()
@@ -61,7 +60,7 @@ def parser_for(about, groups, suggested):
     existing.add_argument("--resume", action="store_true", help="go on with RL")
     for title, group in groups.items():
         if dataclasses.is_dataclass(group):
-            parser.add_fields(title, dataclasses.fields(group), suggested)
+            parser.add_fields(title, dataclasses.fields(group), task_defaults)
     parser.add_argument("--fresh", action="store_true", help="make the cold start, cached or not")
     return parser
 

@@ -63,12 +63,12 @@ def response_metrics(responses):
         if chosen:
             metrics[f"reward{kind}"] = mean(r.reward for r in chosen)
             metrics[f"length{kind}"] = mean(r.length for r in chosen)
-    return metrics | measured(responses)
+    return metrics | mean_measures(responses)
 
 
-def measured(responses):
+def mean_measures(responses):
     """The means of what the task measures."""
-    return {name: mean(r.measured[name] for r in responses) for name in responses[0].measured}
+    return {name: mean(r.measures[name] for r in responses) for name in responses[0].measures}
 
 
 def evaluation(sampled, greedy):
@@ -84,7 +84,7 @@ def evaluation(sampled, greedy):
         "think_share": metrics["think"],
         "accuracy_thinking": metrics.get("reward_thinking", 0.0),
         "length": metrics["length"],
-        "measured": measured(sampled),
+        "measures": mean_measures(sampled),
         "kinds": {kind: mean(rewards) for kind, rewards in rewards_of_kind.items()},
     }
 
@@ -113,14 +113,17 @@ def print_row(row, accuracy, left):
 
 
 def evaluation_lines(result):
-    """A held-out evaluation in words; then a line for each operation, a column for each number of
-    digits."""
+    """A held-out evaluation in words, and what the task measures; then a line for all kinds with
+    the same first character, such as +1, +2 and +3."""
     yield (f"held-out accuracy {result['accuracy']:.3f} sampled, {result['accuracy_greedy']:.3f} "
            f"greedy; {result['length']:.1f} tokens a response")
-    yield (f"{result['think_share']:.0%} of the responses think, and of these "
-           f"{result['accuracy_thinking']:.0%} are right")
-    if result["measured"]:
-        yield "   ".join(f"{name} {value:.3f}" for name, value in result["measured"].items())
+    if result["think_share"]:
+        yield (f"{result['think_share']:.0%} of the responses think, and of these "
+               f"{result['accuracy_thinking']:.0%} are right")
+    if result["measures"]:
+        yield "   ".join(f"{name} {value:.3f}" for name, value in result["measures"].items())
+    if len(result["kinds"]) < 2:
+        return
     for operation in dict.fromkeys(kind[:1] for kind in result["kinds"]):
         cells = [f"{kind:>4} {accuracy:.2f}" for kind, accuracy in result["kinds"].items()
                  if kind[:1] == operation]
@@ -164,9 +167,9 @@ def summary_lines(s, algorithm):
     yield (f"{s['steps']} steps of RL with {algorithm} took it to {s['accuracy']:.1%} "
            f"({s['accuracy_greedy']:.1%} greedy), thinking in {s['think_share']:.0%}.")
     yield f"A response has {s['length']:.1f} tokens; before RL it had {s['length_cold_start']:.1f}."
-    if s["measured"]:
-        changes = [f"{name} {before:.3f} → {s['measured'][name]:.3f}"
-                   for name, before in s["measured_cold_start"].items()]
+    if s["measures"]:
+        changes = [f"{name} {before:.3f} → {s['measures'][name]:.3f}"
+                   for name, before in s["measures_cold_start"].items()]
         yield f"Before and after RL: {', '.join(changes)}."
     yield (f"That took {clock(s['seconds'])} minutes, {clock(s['seconds_cold_start'])} of them the "
            f"cold start, and {s['peak_memory_mib']} MiB of memory.")
@@ -201,7 +204,7 @@ def clip_lines(updates):
 
 def kind_lines(evaluations):
     """One line for all kinds with the same ending (all but their first character), such as +5, -5,
-    *5 and /5: their mean accuracy at each evaluation. None if all problems are of one kind."""
+    *5 and /5: their mean accuracy at each evaluation. No line if all problems are of one kind."""
     result = {}
     if len({row["kind"] for row in evaluations}) < 2:
         return result
@@ -218,18 +221,19 @@ def kind_lines(evaluations):
 BY_KIND = "held-out accuracy by kind of problem"
 
 
-def panels(metrics, evaluations, updates, measured):
+def panels(metrics, evaluations, updates, measures):
     """The rows of a run's tables -> {title of a panel: {line: [(step, value), ...]}}. A task has
     kinds or measures, or both, or none: a panel without lines is left out."""
-    counts = [name for name in measured if any(float(row[name]) > 1 for row in metrics)]
-    shares = [name for name in measured if name not in counts]
+    # They would not fit on one axis.
+    large = [name for name in measures if any(float(row[name]) > 1 for row in metrics)]
+    small = [name for name in measures if name not in large]
     all_panels = {
         "reward (of what is asked) and held-out accuracy": lines(metrics, "reward", "accuracy"),
         BY_KIND: kind_lines(evaluations),
-        "reward, and shares that the task measures":
-            lines(metrics, "reward", *shares) if shares else {},
+        "reward, and what the task measures":
+            lines(metrics, "reward", *small) if small else {},
         "length of a response, tokens": lines(metrics, "length", "length_right", "length_wrong"),
-        "counts that the task measures": lines(metrics, *counts),
+        "what the task measures, above 1": lines(metrics, *large),
         "share that thinks, and reward with and without":
             lines(metrics, "think", "reward_thinking", "reward_direct"),
         "share of tokens clipped": clip_lines(updates),
@@ -282,7 +286,7 @@ def curves(folder, n_panels=None):
     config = json.loads((folder / "config.json").read_text())
     summary = json.loads((folder / "summary.json").read_text())
     tables = [read_table(folder / f"{name}.csv") for name in ("metrics", "evaluations", "updates")]
-    all_panels = list(panels(*tables, summary["measured"]).items())
+    all_panels = list(panels(*tables, summary["measures"]).items())
     drawn = all_panels[:n_panels]
     columns = min(len(drawn), 3)
     rows = -(-len(drawn) // columns)
@@ -292,8 +296,8 @@ def curves(folder, n_panels=None):
         draw_panel(axis, title, named_lines, summary)
     for axis in axes.flat[len(drawn):]:
         axis.set_visible(False)
-    figure.suptitle(f"{config['algorithm']}, seed {config['seed']}, routing replay "
-                    f"{config['routing_replay']}; lines without dots are means over 10 steps")
+    figure.suptitle(f"{config['task']}, {config['algorithm']}, seed {config['seed']}, routing "
+                    f"replay {config['routing_replay']}; lines without dots are means over 10 steps")
     path = folder / ("curves.png" if n_panels is None else f"curves-{n_panels}.png")
     figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -1,5 +1,6 @@
 """Whole runs and the command line, as executable statements."""
 import csv
+import json
 import os
 import re
 import signal
@@ -435,15 +436,15 @@ def spelling(task_file, tmp_path):
 
 def test_a_task_may_have_a_vocabulary_defaults_and_measures_of_its_own(train, capsys, spelling):
     assert train("--task", "spelling", "--out", "run") == 0
-    assert report.json.loads(Path("run/config.json").read_text())["max_new_tokens"] == 9
+    assert json.loads(Path("run/config.json").read_text())["max_new_tokens"] == 9
     rows = report.read_table("run/metrics.csv")
     assert len(rows) == 2
     for row in rows:
         assert 0 < float(row["letters"]) <= 7 * 9           # <pad> and <end> are five characters
         assert float(row["was_cut"]) == float(row["truncated"])
         assert float(row["think"]) == 1 - float(row["truncated"])
-    summary = report.json.loads(Path("run/summary.json").read_text())
-    assert list(summary["measured"]) == list(summary["measured_cold_start"])
+    summary = json.loads(Path("run/summary.json").read_text())
+    assert list(summary["measures"]) == list(summary["measures_cold_start"])
     assert "letters" in capsys.readouterr().out
     assert train("--ask", "cat:", "--out", "run") == 0
     assert train("--ask", "1+1=", "--out", "run") == 2
@@ -468,6 +469,8 @@ def test_an_option_that_is_given_counts_more_than_the_tasks_default(train, capsy
     ("speaks", '"23"', '"xyz"', "is not in the vocabulary"),
     ("wishes", "    def sample", "    defaults = {'stepps': 3}\n    def sample",
      "name 'stepps', which is no option"),
+    ("repeats", "    def sample", "    def measure(self, *_):\n        return {'length': 1}\n"
+     "    def sample", "'length', a column that metrics.csv has already"),
 ])
 def test_a_task_that_cannot_work_gets_one_line(train, capsys, task_file, name, old, new, says):
     assert old in PLAIN
