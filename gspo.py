@@ -186,6 +186,7 @@ class Settings:
     clip_high: float | None = None
     scale: str | None = None
     mini_batches: int = 4
+    epochs: int = 1
     temperature: float = 1.0
     max_grad_norm: float = 1.0
     max_new_tokens: int = 64            # the longest response, by which dr_grpo divides
@@ -265,7 +266,8 @@ def score(model: MoETransformer, rollout: Rollout, temperature: float = 1.0,
 
 def update(model: MoETransformer, optimizer: torch.optim.Optimizer, experience: Experience,
            settings: Settings, first: int | None = None) -> list[dict]:
-    """One optimiser step for each mini-batch of whole groups -> a dict of metrics for each step.
+    """One optimiser step for each mini-batch of whole groups, in each epoch -> a dict of metrics for
+    each step.
 
     With `first`, only the first so many mini-batches. One in which every A is 0 has no step, unless
     a KL term or a critic has something to learn. The optimizer must know the parameters of the
@@ -275,8 +277,9 @@ def update(model: MoETransformer, optimizer: torch.optim.Optimizer, experience: 
     lengths = experience.rollout.lengths                                   # (B,)
     rows_of_groups = torch.arange(len(lengths), device=lengths.device)
     rows_of_groups = rows_of_groups.view(-1, experience.rollout.group_size)        # (P, G)
+    mini_batches = rows_of_groups.tensor_split(settings.mini_batches) * settings.epochs
     metrics = []
-    for index, groups in enumerate(rows_of_groups.tensor_split(settings.mini_batches)[:first]):
+    for index, groups in enumerate(mini_batches[:first]):
         mini_batch = experience.select(groups.flatten())
         optimizer.zero_grad()
         result = accumulate_gradient(model, mini_batch, settings)
@@ -471,7 +474,7 @@ def prepare(model: MoETransformer, rollout: Rollout, rewards: Tensor, settings: 
     routing replay r2, and for ppo, whose critic has the `head`. For the KL term, it is scored under
     the `reference` too."""
     metrics = {}
-    logp_sampler = rollout.logp
+    sampled = rollout
     corrected = settings.correction != "none"
     values = None
     if settings.recompute_logp_old or corrected or head or settings.routing_replay == "r2":
@@ -480,6 +483,7 @@ def prepare(model: MoETransformer, rollout: Rollout, rewards: Tensor, settings: 
         rollout, values = rescore(model, rollout, settings,
                                   replay=settings.routing_replay == "r3", head=head)
         metrics["seconds_rescoring"] = time.time() - began
+        metrics |= mismatch_metrics(sampled, rollout.logp, rollout.routes)
     logp_ref = None
     if reference:
         logp_ref = rescore(reference, rollout, settings)[0].logp
@@ -494,7 +498,7 @@ def prepare(model: MoETransformer, rollout: Rollout, rewards: Tensor, settings: 
     else:
         advantages = group_advantages(rewards, settings.scale).flatten()   # (B,)
     if corrected:
-        weights = mismatch_weights(settings.correction, rollout.logp, logp_sampler)     # (B, T)
+        weights = mismatch_weights(settings.correction, rollout.logp, sampled.logp)     # (B, T)
         advantages = advantages.view(len(weights), -1) * weights
     return Experience(rollout, advantages, logp_ref, critic), metrics
 
@@ -621,6 +625,23 @@ def routing_metrics(old: Tensor, new: Tensor, router_logits: Tensor) -> dict[str
     }
 
 
+def mismatch_metrics(rollout: Rollout, logp: Tensor, routes: Tensor) -> dict[str, float]:
+    """How far the sampler is from the trainer: its rollout beside the log-probs (B, T) and the
+    experts (L, B, S, K) of a pass of the trainer, before the trainer has moved."""
+    mask = rollout.response_mask                                           # (B, T)
+    log_w = (logp.detach() - rollout.logp)[mask]                           # (N,)
+    old = rollout.predicting(rollout.routes)[:, mask]                      # (L, N, K)
+    new = rollout.predicting(routes)[:, mask]                              # (L, N, K)
+    stayed = (old[..., :, None] == new[..., None, :]).any(dim=-1)          # (L, N, K)
+    return {
+        "mismatch_mean": log_w.abs().mean().item(),
+        "mismatch_max": log_w.abs().max().item(),
+        # KL(sampler || trainer) per token, estimated as `kl` is.
+        "mismatch_kl": (log_w.expm1() - log_w).mean().item(),
+        "mismatch_experts": 1 - stayed.float().mean().item(),
+    }
+
+
 def update_metrics(computed: Experience, scores: Scores, clipped: Tensor) -> dict:
     """The metrics of an optimiser step, over the responses that it computed."""
     rollout = computed.rollout
@@ -630,4 +651,5 @@ def update_metrics(computed: Experience, scores: Scores, clipped: Tensor) -> dic
     router_logits = rollout.predicting(scores.router_logits)[:, mask]      # (L, N, E)
     return (ratio_metrics(scores.logp, rollout.logp, computed.advantages, clipped, mask)
             | routing_metrics(old_routes, new_routes, router_logits)
+            | mismatch_metrics(rollout, scores.logp, scores.routes)
             | {"entropy": scores.entropy[mask].mean().item()})

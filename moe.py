@@ -25,6 +25,7 @@ The letters in shape comments:
     N real tokens         L layers     E experts    K active experts
     D width of the model  H query heads             C width of a head
 """
+import copy
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -423,6 +424,31 @@ def make_room(tokens: Tensor, mask: Tensor, routes: Tensor, max_new_tokens: int,
                    F.pad(mask, (0, max_new_tokens)),
                    torch.zeros(B, max_new_tokens, device=tokens.device),
                    routes.to(torch.uint8)[:, :, columns], group_size)
+
+
+def rounded(matrices: Tensor, precision: str) -> Tensor:
+    """Matrices (..., outputs, inputs) as an engine would keep them in float8 (e4m3), int8, int4 or
+    int3, with a scale for each output; but the result has the type of the input."""
+    largest = matrices.abs().amax(dim=-1, keepdim=True).clamp(min=1e-12)    # (..., outputs, 1)
+    if precision == "float8":
+        scale = largest / torch.finfo(torch.float8_e4m3fn).max
+        return (matrices / scale).to(torch.float8_e4m3fn).to(matrices.dtype) * scale
+    bits = int(precision.removeprefix("int"))
+    scale = largest / (2 ** (bits - 1) - 1)             # symmetric: int4 goes from -7 to 7
+    return (matrices / scale).round() * scale
+
+
+@torch.no_grad()
+def in_precision(model: MoETransformer, precision: str) -> MoETransformer:
+    """A copy of the model that computes in bfloat16 or float16; or in its own precision, with all
+    its matrices, embeddings and routers included, rounded to float8, int8, int4 or int3."""
+    model = copy.deepcopy(model)
+    if precision in ("float32", "bfloat16", "float16"):
+        return model.to(getattr(torch, precision))
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.copy_(rounded(parameter, precision))
+    return model
 
 
 @torch.inference_mode()

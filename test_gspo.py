@@ -1128,3 +1128,38 @@ def call_as_text(call):
 def test_the_impossible_is_a_value_error(call):
     with pytest.raises(ValueError):
         call()
+
+
+# ------------------------------------------------------------------------------------ precisions
+
+def test_int3_has_seven_values_a_row_of_which_the_largest_stays():
+    matrix = torch.tensor([[3.0, -1.4, 0.4, 1.6], [-0.3, 0.26, 0.0, 0.04]])
+    assert_close(moe.rounded(matrix, "int3"),
+                 torch.tensor([[3.0, -1.0, 0.0, 2.0], [-0.3, 0.3, 0.0, 0.0]]))
+
+
+@parametrize("precision, largest_error", [
+    ("int8", 1 / 254), ("int4", 1 / 14), ("int3", 1 / 6), ("float8", 1 / 16)])
+def test_rounding_moves_no_number_further_than_half_a_level(precision, largest_error):
+    torch.manual_seed(0)
+    experts = torch.randn(3, 50, 40)                        # a stack of matrices
+    moved = (moe.rounded(experts, precision) - experts).abs()
+    size = experts.abs()
+    if precision != "float8":                               # an integer's levels are equally wide
+        size = size.amax(dim=-1, keepdim=True)
+    # The smallest numbers of float8 have a fixed distance, 1/448/512 of the largest number.
+    assert (moved <= size * largest_error * 1.0001 + experts.abs().max() / 448 / 512).all()
+    assert moved.max() > 0
+    assert_close(moe.rounded(moe.rounded(experts, precision), precision),
+                 moe.rounded(experts, precision))
+
+
+@parametrize("precision", ["float32", "bfloat16", "float16", "float8", "int8", "int4", "int3"])
+def test_a_copy_in_another_precision_leaves_the_model_alone(precision):
+    model = tiny()
+    before = [p.clone() for p in model.parameters()]
+    copy = moe.in_precision(model, precision)
+    assert all(torch.equal(p, q) for p, q in zip(before, model.parameters()))
+    same = [torch.equal(p, q.float()) for p, q in zip(before, copy.parameters()) if p.dim() > 1]
+    assert all(same) == (precision == "float32")
+    assert any(same) == (precision == "float32")

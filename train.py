@@ -94,7 +94,13 @@ class RLOptions:
     max_new_tokens: int = option(64, "a response without an end by then is worth 0", 1, 1000)
     max_grad_norm: float = option(1.0, "longer gradients are shortened to this; in the cold start "
                                   "too", 1e-6)
-    sampler: str = option("float32", "precision to sample in", choices=("float32", "bfloat16"))
+    epochs: int = option(1, "passes over a rollout: more make its updates staler, as in PPO", 1, 100)
+    sampler: str = option("same", "weights to sample with: the trainer's own (same), or a copy in "
+                          "this precision; float8 and int round the matrices and compute in float32",
+                          choices=("same", "float32", "bfloat16", "float16", "float8", "int8", "int4",
+                                   "int3"))
+    lag: int = option(0, "sample with the weights of so many rollouts ago, as asynchronous RL does",
+                      0, 100)
     recompute_logp_old: bool = option(False, "score again, do not trust the sampler's log-probs")
     correction: str = option("none", "score again and weigh tokens by how far off the sampler was",
                              choices=("none", "tis", "icepop"))
@@ -346,6 +352,7 @@ class Learner(NamedTuple):
     optimizer: torch.optim.Optimizer
     head: nn.Module | None                      # ppo: the critic's
     reference: moe.MoETransformer | None        # with --kl_coef: the model after the cold start
+    old_weights: list[dict]                     # with --lag: of its rollouts; else of the last one
 
 
 def new_learner(run: Run, state: dict) -> Learner:
@@ -367,7 +374,7 @@ def new_learner(run: Run, state: dict) -> Learner:
                                   fused=True)
     if "optimizer" in state:
         optimizer.load_state_dict(state["optimizer"])
-    return Learner(optimizer, head, reference)
+    return Learner(optimizer, head, reference, state.get("old_weights", []))
 
 
 class Samples(NamedTuple):
@@ -387,13 +394,27 @@ def overlong_penalty(lengths: Tensor, longest: int, margin: int) -> Tensor:
     return ((longest - margin - lengths) / margin).clamp(-1, 0)
 
 
-def sample_and_reward(run: Run, queries: Queries, rng: random.Random) -> Samples:
+def sampling_model(run: Run, learner: Learner) -> moe.MoETransformer:
+    """The model that samples the next rollout: the trainer's own, or a copy in the precision of
+    --sampler, with the weights of `lag` rollouts ago. The first `lag` rollouts have those of the
+    cold start."""
+    config = run.config
+    if config.sampler == "same" and config.lag == 0:
+        return run.model
+    learner.old_weights.append(copy.deepcopy(run.model.state_dict()))
+    del learner.old_weights[:-1 - config.lag]
+    model = copy.deepcopy(run.model)
+    model.load_state_dict(learner.old_weights[0])
+    return model if config.sampler == "same" else moe.in_precision(model, config.sampler)
+
+
+def sample_and_reward(run: Run, sampler: moe.MoETransformer, queries: Queries,
+                      rng: random.Random) -> Samples:
     """P new problems, G responses to each, their rewards. `rng` is where all chance comes from."""
     config = run.config
     problems = queries.draw(config.prompts, rng)
     generator = torch.Generator().manual_seed(rng.getrandbits(63))
-    model = copy.deepcopy(run.model).bfloat16() if config.sampler == "bfloat16" else run.model
-    rollout = sample_responses(run, model, problems, config.group_size, config.temperature,
+    rollout = sample_responses(run, sampler, problems, config.group_size, config.temperature,
                                generator)
     responses = reward_responses(run, problems, rollout)
     rewards = torch.tensor([response.reward for response in responses])
@@ -403,14 +424,15 @@ def sample_and_reward(run: Run, queries: Queries, rng: random.Random) -> Samples
     return Samples(rollout, rewards + penalty.view_as(rewards), has_signal, responses)
 
 
-def sample_until_signal(run: Run, queries: Queries, rng: random.Random) -> Samples:
+def sample_until_signal(run: Run, sampler: moe.MoETransformer, queries: Queries,
+                        rng: random.Random) -> Samples:
     """Dynamic sampling (DAPO): drop groups that are all right or all wrong and sample new problems
     until there are P groups. After the last round, dropped groups of that round fill the gaps."""
     P = run.config.prompts
     kept = []                   # pairs: Samples, and the numbers of the groups to keep of them
     missing = P
     for round_ in range(1, run.config.sampling_rounds + 1):
-        new = sample_and_reward(run, queries, rng)
+        new = sample_and_reward(run, sampler, queries, rng)
         groups = new.has_signal.nonzero()[:, 0][:missing]
         missing -= len(groups)
         if missing and round_ == run.config.sampling_rounds:
@@ -439,7 +461,7 @@ def rl_step(run: Run, learner: Learner, queries: Queries,
     settings = run.config.settings()
     # Sample G responses to each of P problems, and reward them.
     collect = sample_until_signal if run.config.dynamic_sampling else sample_and_reward
-    samples = collect(run, queries, rng)
+    samples = collect(run, sampling_model(run, learner), queries, rng)
     queries.learn(samples.all_responses)
     # Advantages: how good is a response beside its siblings?
     experience, metrics = gspo.prepare(
@@ -455,6 +477,11 @@ def rl_step(run: Run, learner: Learner, queries: Queries,
               f"{samples.rollout.routes.nbytes / 1024:.0f} KiB")
     n_tokens = sum(response.length for response in samples.all_responses)
     row = report.response_metrics(samples.all_responses) | report.means(updates) | metrics
+    # How far the sampler was from the trainer shows in the first mini-batch, where the trainer has
+    # not moved yet, or in a pass before it.
+    differs = run.config.sampler != "same" or run.config.lag > 0
+    for name in MISMATCH_COLUMNS:
+        row[name] = (updates[0] | metrics)[name] if updates and differs else None
     row["step"] = step
     row["no_signal"] = 1 - samples.has_signal.float().mean().item()
     row["seconds"] = seconds
@@ -522,9 +549,10 @@ def catch_interrupt() -> list:
 
 RATIO_COLUMNS = ["loss", "clip_low", "clip_high", "clip_low_seq", "clip_high_seq", "log_s_mean",
                  "log_s_std", "log_w_mean", "log_w_std", "outliers", "kl"]
+MISMATCH_COLUMNS = ["mismatch_mean", "mismatch_max", "mismatch_kl", "mismatch_experts"]
 COLUMNS = ["step", "accuracy", "accuracy_greedy", "reward", "reward_thinking", "reward_direct",
            "think", "length", "length_thinking", "length_direct", "length_right", "length_wrong",
-           "truncated", "no_signal", *RATIO_COLUMNS, "kl_ref", "value_error", "entropy",
+           "truncated", "no_signal", *RATIO_COLUMNS, *MISMATCH_COLUMNS, "kl_ref", "value_error", "entropy",
            "grad_norm", *report.LAYERED, "tokens_per_second", "seconds", "seconds_rescoring"]
 UPDATE_COLUMNS = ["step", "mini_batch", *RATIO_COLUMNS, "entropy", "grad_norm"]
 EVALUATION_COLUMNS = ["step", "kind", "accuracy"]
@@ -598,6 +626,7 @@ def save_checkpoint(run: Run, learner: Learner, state: dict) -> int:
     """Bring the state up to date and save it -> its step."""
     state["model"] = run.model.state_dict()
     state["optimizer"] = learner.optimizer.state_dict()
+    state["old_weights"] = learner.old_weights
     if learner.head:
         state["head"] = learner.head.state_dict()
     save(run.folder / "checkpoint.pt", state)
@@ -690,15 +719,16 @@ def inspect_update(run: Run, state: dict):
     learner = new_learner(run, state)
     queries = Queries(run.task, config.queries == "adaptive", state["success_rates"])
     rng = random.Random(f"{config.seed} rl {state['step'] + 1}")
-    samples = sample_until_signal(run, queries, rng)
+    samples = sample_until_signal(run, sampling_model(run, learner), queries, rng)
     rewards = samples.rewards.to(samples.rollout.logp.device)
     experience, _ = gspo.prepare(run.model, samples.rollout, rewards, config.settings(),
                                  learner.reference, learner.head)
-    steps = max(1, config.mini_batches - 1)
+    n_steps = config.mini_batches * config.epochs
+    steps = max(1, n_steps - 1)
     gspo.update(run.model, learner.optimizer, experience, config.settings(), first=steps)
     when = f"after RL step {state['step']}" if state["step"] else "after the cold start"
     title = (f"{run.folder}, {config.algorithm}: the model as it was {when} has sampled "
-             f"{config.prompts} groups and made {steps} of {config.mini_batches} optimiser steps.")
+             f"{config.prompts} groups and made {steps} of {n_steps} optimiser steps.")
     all_rows = torch.arange(len(experience.advantages)).view(config.prompts, -1)
     last_rows = all_rows.tensor_split(config.mini_batches)[-1].flatten()
     report.show_update(title, run, experience, rewards.flatten(), last_rows)

@@ -66,6 +66,7 @@ def interrupt_at(call, monkeypatch):
     ("--kl_coef", "0.1", "--routing_replay", "r2"),
     ("--queries", "uniform"),
     ("--queries", "adaptive", "--dynamic_sampling", "--sampling_rounds", "2"),
+    ("--lag", "2", "--epochs", "2", "--sampler", "int8"),
 ], ids=" ".join)
 def test_a_resumed_run_equals_one_that_was_never_interrupted(train, monkeypatch, options):
     whole = (*SHORT, "6", "--out", "whole", "--eval_every", "4", *options)
@@ -148,6 +149,9 @@ def odd_run(**options):
     return train_py.build(config, Odd())
 
 
+PRECISIONS = ["float32", "bfloat16", "float16", "float8", "int8", "int4", "int3"]
+
+
 def queries_of(run):
     return Queries(run.task, run.config.queries == "adaptive", {})
 
@@ -158,8 +162,9 @@ def queries_of(run):
     {"routing_replay": "r2"},
     {"routing_replay": "r3"},
     {"prompts": 3, "algorithm": "dr_grpo"},
-    {"sampler": "bfloat16"},
+    *[{"sampler": precision} for precision in PRECISIONS],
     {"sampler": "bfloat16", "recompute_logp_old": True},
+    {"lag": 1, "epochs": 2, "mini_batches": 2},
     {"sampler": "bfloat16", "algorithm": "gspo_token", "correction": "icepop"},
 ], ids=str)
 def test_every_algorithm_and_every_way_of_routing_trains(options):
@@ -171,11 +176,59 @@ def test_every_algorithm_and_every_way_of_routing_trains(options):
         assert 0 < row["grad_norm"] < 1000
         first = updates[0]
         # In the first mini-batch all ratios are 1, unless the sampler computed otherwise.
-        coarse = options == {"sampler": "bfloat16"}
-        assert first["mini_batch"] > 0 or (first["log_w_std"] > 1e-3) == coarse
+        coarse = options in [{"sampler": precision} for precision in PRECISIONS[1:]]
+        coarse |= step == 2 and "lag" in options
+        assert first["mini_batch"] > 0 or (first["log_w_std"] > 1e-5) == coarse
     assert all((p != q).any() for p, q in zip(before, run.model.parameters()))
     assert (row["expert_change"] == 0) == ("routing_replay" in options)
     assert learner.head is None or (learner.head.weight != 0).any()
+
+
+def test_the_coarser_the_sampler_the_further_it_is_from_the_trainer():
+    means = []
+    for precision in ("float32", "int8", "int4", "int3"):
+        run = odd_run(sampler=precision, prompts=8, group_size=4)
+        row, _ = train_py.rl_step(run, train_py.new_learner(run, {}), queries_of(run), 1)
+        assert 0 <= row["mismatch_mean"] <= row["mismatch_max"]
+        assert 0 <= row["mismatch_experts"] <= 1
+        means.append(row["mismatch_mean"])
+    assert means[0] < 1e-5
+    assert means == sorted(means)
+
+
+@pytest.mark.parametrize("options", [{}, {"recompute_logp_old": True}], ids=str)
+def test_the_log_says_how_far_the_sampler_is_only_if_it_is_not_the_trainer(options):
+    run = odd_run(prompts=8, group_size=4, **options)
+    row, _ = train_py.rl_step(run, train_py.new_learner(run, {}), queries_of(run), 1)
+    assert row["mismatch_mean"] is None
+    run = odd_run(prompts=8, group_size=4, sampler="int4", **options)
+    row, updates = train_py.rl_step(run, train_py.new_learner(run, {}), queries_of(run), 1)
+    assert row["mismatch_mean"] > 1e-3
+    assert (updates[0]["log_w_std"] < 1e-5) == bool(options)        # recomputed: ratios of 1
+
+
+def test_a_lag_of_two_samples_with_the_weights_of_two_rollouts_ago():
+    run = odd_run(lag=2)
+    learner = train_py.new_learner(run, {})
+    sampled_with = []
+    for step in range(6):
+        with torch.no_grad():
+            run.model.embed.weight.fill_(step)
+        sampler = train_py.sampling_model(run, learner)
+        sampled_with.append(sampler.embed.weight[0, 0].item())
+        assert run.model.embed.weight[0, 0] == step                 # the trainer's are not touched
+    assert sampled_with == [0, 0, 0, 1, 2, 3]
+
+
+def test_a_second_epoch_goes_on_where_the_first_one_ended():
+    losses = []
+    for epochs in (1, 2):
+        run = odd_run(prompts=8, group_size=4, epochs=epochs)
+        _, updates = train_py.rl_step(run, train_py.new_learner(run, {}), queries_of(run), 1)
+        losses.append([update["loss"] for update in updates])
+    assert len(losses[1]) == 2 * len(losses[0]) == 8
+    assert losses[1][:4] == losses[0]
+    assert losses[1][4] != losses[0][0]
 
 
 def test_the_overlong_penalty_of_dapo():
@@ -187,7 +240,8 @@ def test_the_overlong_penalty_of_dapo():
 
 def test_dynamic_sampling_goes_on_until_every_group_has_a_signal():
     run = odd_run(dynamic_sampling=True, sampling_rounds=99, group_size=2)
-    samples = train_py.sample_until_signal(run, queries_of(run), train_py.random.Random(0))
+    samples = train_py.sample_until_signal(run, run.model, queries_of(run),
+                                           train_py.random.Random(0))
     assert (samples.rewards[:, 0] != samples.rewards[:, 1]).all()
     assert samples.rewards.shape == (32, 2)
     assert len(samples.all_responses) > 64
@@ -202,7 +256,8 @@ def test_dynamic_sampling_goes_on_until_every_group_has_a_signal():
 
 def test_dynamic_sampling_says_so_when_it_gives_up(capsys):
     run = odd_run(dynamic_sampling=True, sampling_rounds=1, group_size=2)
-    samples = train_py.sample_until_signal(run, queries_of(run), train_py.random.Random(0))
+    samples = train_py.sample_until_signal(run, run.model, queries_of(run),
+                                           train_py.random.Random(0))
     silent = (samples.rewards[:, 0] == samples.rewards[:, 1]).sum()
     assert 0 < silent == (~samples.has_signal).sum()
     assert f"{silent} of 32 groups have no signal" in capsys.readouterr().out
