@@ -18,11 +18,13 @@ the success rate of each kind of problem and the number of the step to go on exa
 had happened (on a CPU, with as many threads).
 """
 import ast
+import contextlib
 import copy
 import csv
 import dataclasses
 import hashlib
 import inspect
+import io
 import itertools
 import json
 import os
@@ -31,7 +33,7 @@ import signal
 import sys
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import ContextManager, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -278,6 +280,7 @@ def cold_start(run: Run, fresh: bool) -> float:
             print(f"  step {step:5}   loss {total / len(target):.3f} nats a token   "
                   f"{report.clock(left)} left", flush=True)
     seconds = time.time() - began
+    path.parent.mkdir(exist_ok=True)
     save(path, {"layout": LAYOUT, "model": model.state_dict(), "seconds": seconds})
     return seconds
 
@@ -530,19 +533,25 @@ def rl(run: Run, state: dict):
         if interrupted and step < config.steps:
             print(f"stopped; to go on: python train.py --resume --out {run.folder}")
             sys.exit(130)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    stop_catching()
 
 
 def catch_interrupt() -> list:
-    """A list that is empty until Ctrl-C is pressed. The first Ctrl-C waits for the end of the step,
-    a second one does not."""
+    """A list that is empty until Ctrl-C is pressed, or SIGTERM comes. The first one waits for the
+    end of the step, a second one does not."""
     interrupted = []
 
     def handle(number, frame):
         interrupted.append(number)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        stop_catching()
     signal.signal(signal.SIGINT, handle)
+    signal.signal(signal.SIGTERM, handle)
     return interrupted
+
+
+def stop_catching():
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 # ---------------------------------------------------------------------------- what a run leaves
@@ -557,19 +566,21 @@ COLUMNS = ["step", "accuracy", "accuracy_greedy", "reward", "reward_thinking", "
 UPDATE_COLUMNS = ["step", "mini_batch", *RATIO_COLUMNS, "entropy", "grad_norm"]
 EVALUATION_COLUMNS = ["step", "kind", "accuracy"]
 RUN_FILES = {"config.json", "metrics.csv", "updates.csv", "evaluations.csv", "samples.txt",
-             "summary.json", "cold_start.pt", "checkpoint.pt", "curves.png"}
+             "summary.json", "cold_start.pt", "checkpoint.pt", "curves.png", "lock"}
 
 
 def table_writer(path: Path, columns: list[str], step: int) -> csv.DictWriter:
     """A CSV file, open for more rows. A resumed run keeps the rows up to its checkpoint's step."""
     rows = []
     if path.exists() and step > 0:
-        rows = [row for row in report.read_table(path) if int(row["step"]) <= step]
-    with open(f"{path}.part", "w", newline="") as file:
-        writer = csv.DictWriter(file, columns, extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(rows)
-    os.replace(f"{path}.part", path)
+        # A line that was cut when the power failed lacks values.
+        whole = [row for row in report.read_table(path) if None not in row.values()]
+        rows = [row for row in whole if int(row["step"]) <= step]
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, columns, extrasaction="ignore")
+    writer.writeheader()
+    writer.writerows(rows)
+    write(path, text.getvalue().encode())
     file = open(path, "a", newline="", buffering=1)     # line by line, for those who look on
     return csv.DictWriter(file, columns, extrasaction="ignore")
 
@@ -599,11 +610,40 @@ class Log:
             self.updates.writerow({"step": row["step"]} | update | layered)
 
 
+def write(path: Path, content: bytes):
+    """Atomic: whoever opens the file finds the old content or the new, never a part. OSError, and
+    the old content stays, if the disk is full or the folder is gone."""
+    part = Path(f"{path}.{os.getpid()}.part")           # two runs may write the same cold start
+    try:
+        with open(part, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
+
+
 def save(path: Path, content: dict):
-    """Atomic: whoever opens the file finds the old content or the new, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(content, f"{path}.part")
-    os.replace(f"{path}.part", path)
+    buffer = io.BytesIO()           # torch.save into a full disk would leave half a file
+    torch.save(content, buffer)
+    write(path, buffer.getvalue())
+
+
+def lock(folder: Path) -> ContextManager:
+    """With this, the folder is ours; a process that is killed lets go of it. One line and exit code
+    2 if another run has it. (Windows has no flock: there nothing is locked.)"""
+    try:
+        import fcntl
+    except ImportError:
+        return contextlib.nullcontext()
+    file = open(folder / "lock", "w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        fail(f"another run is using {folder}; name another folder with --out")
+    return file
 
 
 def load(path: Path, remedy: str) -> dict:
@@ -645,7 +685,7 @@ def is_free(folder: Path) -> bool:
     killed before its first checkpoint."""
     if not folder.exists():
         return True
-    names = {path.name.removesuffix(".part") for path in folder.iterdir()}
+    names = {path.name for path in folder.iterdir() if path.suffix != ".part"}
     return names <= RUN_FILES and not (folder / "checkpoint.pt").exists()
 
 
@@ -654,8 +694,9 @@ def is_free(folder: Path) -> bool:
 def begin(run: Run, fresh: bool) -> dict:
     """Stages 1 and 2 -> the state of a new run: what a checkpoint holds, but for the model, the
     optimizer and the critic's head, which save_checkpoint adds."""
-    for name in RUN_FILES:              # of a run that was killed before its first checkpoint
-        (run.folder / name).unlink(missing_ok=True)
+    for path in run.folder.iterdir():   # of a run that was killed before its first checkpoint
+        if path.name != "lock":
+            path.unlink()
     seconds = cold_start(run, fresh)
     began = time.time()
     print("2 evaluate: what imitation has reached")
@@ -686,7 +727,7 @@ def finish(run: Run, state: dict):
         "peak_memory_mib": report.peak_memory_mib(), "steps": state["step"],
         "responses": state["responses"],
         "measures_cold_start": cold["measures"], "measures": last["measures"]}
-    (run.folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    write(run.folder / "summary.json", json.dumps(summary, indent=2).encode())
     print("4 report", *report.summary_lines(summary, run.config.algorithm), sep="\n  ")
     try:
         print(f"  The curves are in {report.curves(run.folder)}.")
@@ -739,7 +780,7 @@ def train(run: Run, state: dict | None, fresh: bool):
     if state is None:
         state = begin(run, fresh)
     state["options"] = dataclasses.asdict(run.config) | task_options(run.task)
-    (run.folder / "config.json").write_text(json.dumps(state["options"], indent=2) + "\n")
+    write(run.folder / "config.json", json.dumps(state["options"], indent=2).encode())
     print(f"3 RL: {run.config.algorithm}, steps {state['step'] + 1} to {run.config.steps}, "
           f"in {run.folder}")
     rl(run, state)
@@ -841,10 +882,16 @@ def main(argv: list[str] | None = None):
     if todo["inspect"]:
         return inspect_update(run, state)
     try:
-        train(run, state, todo["fresh"])
+        with lock(run.folder):
+            train(run, state, todo["fresh"])
     except KeyboardInterrupt:
         print("stopped at once; --resume goes on from the last checkpoint, if this run has one yet")
         sys.exit(130)
+    except OSError as error:                # a full disk, a folder that is gone
+        if isinstance(error, BrokenPipeError):
+            raise
+        sys.exit(f"train.py: {error}; the last checkpoint, if this run has one yet, is whole: make "
+                 "room and --resume")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
 """Whole runs and the command line, as executable statements."""
 import csv
+import errno
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,7 +26,7 @@ HOUSE = Path(__file__).parent.parent
 SHORT = ("--cold_steps", "30", "--cold_tokens", "400", "--prompts", "4", "--group_size", "4",
          "--max_digits", "1", "--threads", "1", "--steps")
 RUN_FILES = {"config.json", "metrics.csv", "updates.csv", "evaluations.csv", "summary.json",
-             "samples.txt", "cold_start.pt", "checkpoint.pt", "curves.png"}
+             "samples.txt", "cold_start.pt", "checkpoint.pt", "curves.png", "lock"}
 
 
 @pytest.fixture
@@ -45,15 +47,15 @@ def metrics(folder, names=("step", "reward", "loss", "grad_norm", "entropy", "ac
         return [[row[name] for name in names] for row in csv.DictReader(file)]
 
 
-def interrupt_at(call, monkeypatch):
-    """Press Ctrl-C while gspo.update runs for the `call`-th time."""
+def interrupt_at(call, monkeypatch, number=signal.SIGINT):
+    """Press Ctrl-C while gspo.update runs for the `call`-th time, or send another signal."""
     update = gspo.update
     calls = []
 
     def interrupted(*arguments):
         calls.append(arguments)
         if len(calls) == call:
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(number)
         return update(*arguments)
     monkeypatch.setattr(gspo, "update", interrupted)
 
@@ -134,6 +136,121 @@ def test_a_reward_that_is_no_number_stops_the_run_and_keeps_the_checkpoint(train
     message = train(*SHORT, "5")
     assert "rewards must be finite" in message
     assert "out/run-1/checkpoint.pt" in message
+
+
+# ------------------------------------------------------------------------------------ faults
+
+def no_room(*arguments):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def one_line(message):
+    return isinstance(message, str) and message.startswith("train.py: ") and "\n" not in message
+
+
+def test_a_disk_that_is_full_when_a_checkpoint_is_saved_costs_no_checkpoint(train, monkeypatch):
+    assert train(*SHORT, "4", "--out", "whole") == 0
+    assert train(*SHORT, "2", "--out", "run") == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", no_room)
+        message = train("--resume", "--out", "run", "--steps", "4")
+    assert one_line(message)
+    assert "No space left" in message
+    assert not list(Path("run").glob("*.part"))
+    assert train("--resume", "--out", "run", "--steps", "4") == 0
+    assert metrics("run") == metrics("whole")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux only")
+@pytest.mark.parametrize("table", ["metrics.csv", "updates.csv", "evaluations.csv"])
+def test_a_disk_that_is_full_when_a_table_grows_costs_no_checkpoint(train, monkeypatch, table):
+    def open_full(path, *arguments, **options):
+        return open("/dev/full" if str(path).endswith(table) else path, *arguments, **options)
+    with monkeypatch.context() as patch:
+        patch.setattr(train_py, "open", open_full, raising=False)
+        assert one_line(train(*SHORT, "4", "--eval_every", "2", "--out", "run"))
+    assert train("--resume", "--out", "run", "--steps", "4") == 0
+    assert len(metrics("run")) == 4
+
+
+def test_a_folder_that_is_removed_in_mid_run_stops_it_and_stays_removed(train, monkeypatch):
+    update = gspo.update
+
+    def remove(*arguments):
+        shutil.rmtree("run")
+        return update(*arguments)
+    with monkeypatch.context() as patch:
+        patch.setattr(gspo, "update", remove)
+        assert one_line(train(*SHORT, "1", "--out", "run"))
+    assert not Path("run").exists()
+
+
+def test_a_table_that_was_cut_in_mid_line_is_mended_by_resume(train, monkeypatch):
+    assert train(*SHORT, "4", "--out", "whole") == 0
+    with monkeypatch.context() as patch:
+        interrupt_at(3, patch)
+        assert train(*SHORT, "4", "--out", "run") == 130
+    for table in ("metrics.csv", "updates.csv"):
+        whole = Path(f"whole/{table}").read_text()
+        Path(f"run/{table}").write_text(whole[:-len(whole.splitlines()[-1]) // 2])
+    assert train("--resume", "--out", "run") == 0
+    assert metrics("run") == metrics("whole")
+    assert Path("run/updates.csv").read_text() == Path("whole/updates.csv").read_text()
+
+
+@pytest.mark.parametrize("damage", ["cut", "foreign", "empty", "older", "other sizes"])
+def test_a_checkpoint_that_cannot_be_read_gets_one_line(train, capsys, damage):
+    assert train(*SHORT, "1", "--out", "run") == 0
+    path = Path("run/checkpoint.pt")
+    content = torch.load(path, weights_only=True)
+    if damage == "cut":
+        path.write_bytes(path.read_bytes()[:5000])
+    elif damage == "foreign":
+        path.write_bytes(b"PK" + bytes(3000))
+    elif damage == "empty":
+        path.write_bytes(b"")
+    elif damage == "older":
+        torch.save(content | {"layout": 1}, path)
+    else:
+        torch.save(content | {"options": content["options"] | {"d_expert": 8}}, path)
+    capsys.readouterr()
+    for command in (["--resume", "--steps", "2"], ["--eval_only"], ["--ask", "1+1="]):
+        assert train(*command, "--out", "run") == 2
+        assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_stops(train, monkeypatch, number):
+    with monkeypatch.context() as patch:
+        interrupt_at(2, patch, number)
+        assert train(*SHORT, "4", "--out", "run") == 130
+    assert len(metrics("run")) == 2
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert train("--resume", "--out", "run") == 0
+
+
+def test_the_second_of_two_runs_in_one_folder_is_refused(train, capsys):
+    pytest.importorskip("fcntl")
+    Path("run").mkdir()
+    with train_py.lock(Path("run")):
+        assert train(*SHORT, "1", "--out", "run") == 2
+        assert "another run is using run" in capsys.readouterr().err
+    assert train(*SHORT, "1", "--out", "run") == 0              # let go, and the folder is free
+
+
+def test_two_runs_may_make_the_same_cold_start_at_once(train, monkeypatch):
+    replace = os.replace
+
+    def another_saves_first(part, path):
+        if Path(path).name.startswith("cold-"):
+            other = Path(f"{path}.1.part")
+            other.write_bytes(Path(part).read_bytes())
+            replace(other, path)
+        replace(part, path)
+    monkeypatch.setattr(os, "replace", another_saves_first)
+    assert train(*SHORT, "1", "--out", "run") == 0
+    assert train(*SHORT, "1", "--out", "again") == 0
+    assert metrics("run") == metrics("again")
 
 
 # ------------------------------------------------------------------------------------ one RL step
