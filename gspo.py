@@ -34,7 +34,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
-from moe import MoETransformer, Rollout, at_least_fp32
+from moe import MoETransformer, Rollout, at_least_fp32, autocast
 
 # exp(20) is finite in fp32. Without a bound, inf * 0 would be a NaN gradient; no healthy run comes
 # near it.
@@ -187,6 +187,7 @@ class Settings:
     scale: str | None = None
     mini_batches: int = 4
     epochs: int = 1
+    dtype: str = "float32"
     temperature: float = 1.0
     max_grad_norm: float = 1.0
     max_new_tokens: int = 64            # the longest response, by which dr_grpo divides
@@ -244,7 +245,7 @@ class Scores(NamedTuple):
 
 
 def score(model: MoETransformer, rollout: Rollout, temperature: float = 1.0,
-          replay: bool = False) -> Scores:
+          replay: bool = False, dtype: str = "float32") -> Scores:
     """The log-probs of a rollout's responses under the model as it is now, at the temperature that
     they were sampled with, and what else a pass over them gives.
 
@@ -252,7 +253,8 @@ def score(model: MoETransformer, rollout: Rollout, temperature: float = 1.0,
     place of those that its router would choose today; their weights are today's."""
     T = rollout.logp.shape[1]
     routes = rollout.routes if replay else None
-    out = model(rollout.tokens, rollout.mask, routes, logits_to_keep=T + 1)
+    with autocast(rollout.tokens.device, dtype):
+        out = model(rollout.tokens, rollout.mask, routes, logits_to_keep=T + 1)
     # The logits of a column predict the token of the next one. So the last column of the prompt is
     # needed too, and those of the last column of all predict nothing.
     logits = at_least_fp32(out.logits[:, :-1])
@@ -265,14 +267,20 @@ def score(model: MoETransformer, rollout: Rollout, temperature: float = 1.0,
 
 
 def update(model: MoETransformer, optimizer: torch.optim.Optimizer, experience: Experience,
-           settings: Settings, first: int | None = None) -> list[dict]:
-    """One optimiser step for each mini-batch of whole groups, in each epoch -> a dict of metrics for
-    each step.
+           settings: Settings, first: int | None = None,
+           scaler: torch.amp.GradScaler | None = None) -> list[dict]:
+    """One optimiser step for each mini-batch of whole groups, in each epoch -> a dict of metrics
+    for each step.
 
     With `first`, only the first so many mini-batches. One in which every A is 0 has no step, unless
     a KL term or a critic has something to learn. The optimizer must know the parameters of the
     critic's head too. FloatingPointError, before the step, if the loss or the gradient is not
-    finite."""
+    finite.
+
+    In float16, whose smallest number is 6e-8, gradients would vanish. So the `scaler` multiplies
+    the loss by a large number, and divides the gradients by it before they are clipped. If that was
+    too much for a gradient, the step is skipped, and the next ones get a smaller number."""
+    scaler = scaler or torch.amp.GradScaler(enabled=False)                 # does nothing
     parameters = list(itertools.chain(*(group["params"] for group in optimizer.param_groups)))
     lengths = experience.rollout.lengths                                   # (B,)
     rows_of_groups = torch.arange(len(lengths), device=lengths.device)
@@ -282,20 +290,24 @@ def update(model: MoETransformer, optimizer: torch.optim.Optimizer, experience: 
     for index, groups in enumerate(mini_batches[:first]):
         mini_batch = experience.select(groups.flatten())
         optimizer.zero_grad()
-        result = accumulate_gradient(model, mini_batch, settings)
+        result = accumulate_gradient(model, mini_batch, settings, scaler)
         if result is None:
             continue
         loss, step_metrics = result
+        scaler.unscale_(optimizer)
         grad_norm = nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm).item()
-        if not (isfinite(loss) and isfinite(grad_norm)):
+        skipped = scaler.is_enabled() and not isfinite(grad_norm)
+        if not isfinite(loss) or not (isfinite(grad_norm) or skipped):
             raise FloatingPointError(f"loss {loss}, gradient norm {grad_norm}; a lower lr may help")
-        optimizer.step()
-        metrics.append({"mini_batch": index, "loss": loss, "grad_norm": grad_norm} | step_metrics)
+        scaler.step(optimizer)
+        scaler.update()
+        metrics.append({"mini_batch": index, "loss": loss, "grad_norm": grad_norm,
+                        "skipped": float(skipped)} | step_metrics)
     return metrics
 
 
-def accumulate_gradient(model: MoETransformer, mini_batch: Experience,
-                        settings: Settings) -> tuple[float, dict] | None:
+def accumulate_gradient(model: MoETransformer, mini_batch: Experience, settings: Settings,
+                        scaler: torch.amp.GradScaler) -> tuple[float, dict] | None:
     """Add the gradient of a mini-batch's loss to the parameters, a part at a time -> the policy
     loss and the metrics; None if no response has a gradient.
 
@@ -330,11 +342,12 @@ def accumulate_gradient(model: MoETransformer, mini_batch: Experience,
         # nothing is clipped. Each optimiser step moves the model further away. (A sampler in lower
         # precision whose log-probs are trusted is a little off from the start.)
         logp_old = part.rollout.logp
-        scores = score(model, part.rollout, settings.temperature, settings.routing_replay != "none")
+        scores = score(model, part.rollout, settings.temperature, settings.routing_replay != "none",
+                       settings.dtype)
         loss, clipped = policy_loss(
             settings.algorithm, scores.logp, logp_old, part.advantages, mask,
             settings.clip_low, settings.clip_high, token_weights[rows])
-        (loss + extra_losses(part, scores, mean_weights[rows], settings)).backward()
+        scaler.scale(loss + extra_losses(part, scores, mean_weights[rows], settings)).backward()
         total += loss.item()
         all_scores.append(scores)
         all_clipped.append(clipped)
@@ -455,7 +468,7 @@ def rescore(model: MoETransformer, rollout: Rollout, settings: Settings, replay:
             head: nn.Module | None = None) -> tuple[Rollout, Tensor]:
     """The rollout with the log-probs and routes of a pass of the trainer in place of the sampler's,
     and the values (B, T) of a critic's `head`, which are 0 without one and in padding."""
-    parts = [score(model, rollout.select(rows), settings.temperature, replay)
+    parts = [score(model, rollout.select(rows), settings.temperature, replay, settings.dtype)
              for rows in micro_batches(rollout, settings)]
     scores = Scores.join(parts)
     values = torch.zeros_like(scores.logp)

@@ -25,9 +25,10 @@ The letters in shape comments:
     N real tokens         L layers     E experts    K active experts
     D width of the model  H query heads             C width of a head
 """
+import contextlib
 import copy
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ContextManager, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -85,6 +86,15 @@ def pad(x: Tensor, places: Tensor, shape: tuple[int, int]) -> Tensor:
 
 def at_least_fp32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def autocast(device: torch.device, dtype: str) -> ContextManager:
+    """With this, PyTorch computes matrix products in bfloat16 or float16, if `dtype` says so. The
+    weights, what is added up between the layers, the router's softmax and the rotary positions stay
+    in fp32."""
+    if dtype == "float32":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, getattr(torch, dtype))
 
 
 def rotate(x: Tensor, freqs_cis: Tensor) -> Tensor:

@@ -1163,3 +1163,26 @@ def test_a_copy_in_another_precision_leaves_the_model_alone(precision):
     same = [torch.equal(p, q.float()) for p, q in zip(before, copy.parameters()) if p.dim() > 1]
     assert all(same) == (precision == "float32")
     assert any(same) == (precision == "float32")
+
+
+@parametrize("dtype, n_tokens, smallest_log", [
+    (torch.float16, 58, -17.33), (torch.float32, 347, -103.97)], ids=str)
+def test_the_likelihood_of_a_response_vanishes_but_not_its_mean_per_token(
+        dtype, n_tokens, smallest_log):
+    """Tokens of 0.3 nats. So GSPO works with logs, and divides by the length before exp."""
+    log_likelihood = torch.tensor(-0.3 * n_tokens)
+    assert log_likelihood < smallest_log < -0.3 * (n_tokens - 1)
+    assert log_likelihood.exp().to(dtype) == 0
+    assert torch.tensor(smallest_log + 0.01).exp().to(dtype) > 0
+    assert (log_likelihood / n_tokens).exp().to(dtype).item() == approx(exp(-0.3), abs=1e-3)
+
+
+def test_log_probs_in_bfloat16_are_summed_in_fp32_or_they_leave_the_clip_range():
+    """For 30 tokens of 0.3 nats in the mean, how often does log s move by more than GSPO's 3e-4?"""
+    torch.manual_seed(0)
+    logp = -0.3 * torch.empty(100_000, 30).exponential_()
+    mask = torch.ones_like(logp, dtype=torch.bool)
+    token_by_token = gspo.ratios(logp, logp.bfloat16(), mask).log_s[:, 0].abs() > 3e-4
+    of_the_sum = (logp.sum(dim=1) - logp.sum(dim=1).bfloat16()).abs() / 30 > 3e-4
+    assert token_by_token.float().mean().item() == approx(0.02, abs=0.01)
+    assert of_the_sum.float().mean().item() == approx(0.63, abs=0.02)

@@ -96,11 +96,14 @@ class RLOptions:
     max_new_tokens: int = option(64, "a response without an end by then is worth 0", 1, 1000)
     max_grad_norm: float = option(1.0, "longer gradients are shortened to this; in the cold start "
                                   "too", 1e-6)
-    epochs: int = option(1, "passes over a rollout: more make its updates staler, as in PPO", 1, 100)
+    dtype: str = option("float32", "of the trainer's matrix products (torch.autocast)",
+                        choices=("float32", "bfloat16", "float16"))
+    epochs: int = option(1, "passes over a rollout, as in PPO; more make its updates staler", 1,
+                         100)
     sampler: str = option("same", "weights to sample with: the trainer's own (same), or a copy in "
-                          "this precision; float8 and int round the matrices and compute in float32",
-                          choices=("same", "float32", "bfloat16", "float16", "float8", "int8", "int4",
-                                   "int3"))
+                          "this precision; float8 and int round the matrices, but compute in float32",
+                          choices=("same", "float32", "bfloat16", "float16", "float8", "int8",
+                                   "int4", "int3"))
     lag: int = option(0, "sample with the weights of so many rollouts ago, as asynchronous RL does",
                       0, 100)
     recompute_logp_old: bool = option(False, "score again, do not trust the sampler's log-probs")
@@ -354,6 +357,7 @@ class Learner(NamedTuple):
     """What RL moves, and what it may need beside the model."""
     optimizer: torch.optim.Optimizer
     head: nn.Module | None                      # ppo: the critic's
+    scaler: torch.amp.GradScaler                # of the loss, in float16
     reference: moe.MoETransformer | None        # with --kl_coef: the model after the cold start
     old_weights: list[dict]                     # with --lag: of its rollouts; else of the last one
 
@@ -377,7 +381,10 @@ def new_learner(run: Run, state: dict) -> Learner:
                                   fused=True)
     if "optimizer" in state:
         optimizer.load_state_dict(state["optimizer"])
-    return Learner(optimizer, head, reference, state.get("old_weights", []))
+    scaler = torch.amp.GradScaler(run.model.embed.weight.device.type,
+                                  enabled=config.dtype == "float16")
+    scaler.load_state_dict(state.get("scaler", scaler.state_dict()))
+    return Learner(optimizer, head, scaler, reference, state.get("old_weights", []))
 
 
 class Samples(NamedTuple):
@@ -417,8 +424,10 @@ def sample_and_reward(run: Run, sampler: moe.MoETransformer, queries: Queries,
     config = run.config
     problems = queries.draw(config.prompts, rng)
     generator = torch.Generator().manual_seed(rng.getrandbits(63))
-    rollout = sample_responses(run, sampler, problems, config.group_size, config.temperature,
-                               generator)
+    dtype = config.dtype if config.sampler == "same" else "float32"
+    with moe.autocast(run.model.embed.weight.device, dtype):
+        rollout = sample_responses(run, sampler, problems, config.group_size, config.temperature,
+                                   generator)
     responses = reward_responses(run, problems, rollout)
     rewards = torch.tensor([response.reward for response in responses])
     rewards = rewards.view(-1, config.group_size)                           # (P, G)
@@ -471,7 +480,8 @@ def rl_step(run: Run, learner: Learner, queries: Queries,
         run.model, samples.rollout, samples.rewards.to(samples.rollout.logp.device), settings,
         learner.reference, learner.head)
     # Ratio, clip and optimiser step: `mini_batches` times, each with its own groups.
-    updates = gspo.update(run.model, learner.optimizer, experience, settings)
+    updates = gspo.update(run.model, learner.optimizer, experience, settings,
+                          scaler=learner.scaler)
 
     seconds = time.time() - began
     if step == 1 and settings.routing_replay != "none":
@@ -512,6 +522,7 @@ def rl(run: Run, state: dict):
             print(report.HEADER)
         try:
             row, updates = rl_step(run, learner, queries, step)
+            count_skipped(state, updates)
         except (FloatingPointError, ValueError) as error:       # the latter: a reward of NaN
             sys.exit(f"train.py: RL step {step}: {error}; {run.folder}/checkpoint.pt has the model "
                      f"as it was after step {saved_step}")
@@ -534,6 +545,15 @@ def rl(run: Run, state: dict):
             print(f"stopped; to go on: python train.py --resume --out {run.folder}")
             sys.exit(130)
     stop_catching()
+
+
+def count_skipped(state: dict, updates: list[dict]):
+    """FloatingPointError if float16 has skipped 20 optimiser steps running."""
+    for update in updates:
+        state["skipped"] = state.get("skipped", 0) + 1 if update["skipped"] else 0
+        if state["skipped"] == 20:
+            raise FloatingPointError("20 optimiser steps running had a gradient that is not finite "
+                                     "in float16; --dtype bfloat16 has a wider range")
 
 
 def catch_interrupt() -> list:
@@ -561,9 +581,10 @@ RATIO_COLUMNS = ["loss", "clip_low", "clip_high", "clip_low_seq", "clip_high_seq
 MISMATCH_COLUMNS = ["mismatch_mean", "mismatch_max", "mismatch_kl", "mismatch_experts"]
 COLUMNS = ["step", "accuracy", "accuracy_greedy", "reward", "reward_thinking", "reward_direct",
            "think", "length", "length_thinking", "length_direct", "length_right", "length_wrong",
-           "truncated", "no_signal", *RATIO_COLUMNS, *MISMATCH_COLUMNS, "kl_ref", "value_error", "entropy",
-           "grad_norm", *report.LAYERED, "tokens_per_second", "seconds", "seconds_rescoring"]
-UPDATE_COLUMNS = ["step", "mini_batch", *RATIO_COLUMNS, "entropy", "grad_norm"]
+           "truncated", "no_signal", *RATIO_COLUMNS, *MISMATCH_COLUMNS, "kl_ref", "value_error",
+           "entropy", "grad_norm", "skipped", *report.LAYERED, "tokens_per_second", "seconds",
+           "seconds_rescoring"]
+UPDATE_COLUMNS = ["step", "mini_batch", *RATIO_COLUMNS, "entropy", "grad_norm", "skipped"]
 EVALUATION_COLUMNS = ["step", "kind", "accuracy"]
 RUN_FILES = {"config.json", "metrics.csv", "updates.csv", "evaluations.csv", "samples.txt",
              "summary.json", "cold_start.pt", "checkpoint.pt", "curves.png", "lock"}
@@ -667,6 +688,7 @@ def save_checkpoint(run: Run, learner: Learner, state: dict) -> int:
     state["model"] = run.model.state_dict()
     state["optimizer"] = learner.optimizer.state_dict()
     state["old_weights"] = learner.old_weights
+    state["scaler"] = learner.scaler.state_dict()
     if learner.head:
         state["head"] = learner.head.state_dict()
     save(run.folder / "checkpoint.pt", state)
@@ -766,7 +788,8 @@ def inspect_update(run: Run, state: dict):
                                  learner.reference, learner.head)
     n_steps = config.mini_batches * config.epochs
     steps = max(1, n_steps - 1)
-    gspo.update(run.model, learner.optimizer, experience, config.settings(), first=steps)
+    gspo.update(run.model, learner.optimizer, experience, config.settings(), first=steps,
+                scaler=learner.scaler)
     when = f"after RL step {state['step']}" if state["step"] else "after the cold start"
     title = (f"{run.folder}, {config.algorithm}: the model as it was {when} has sampled "
              f"{config.prompts} groups and made {steps} of {n_steps} optimiser steps.")

@@ -66,7 +66,7 @@ def measure(run, part, advantage, ranges):
     mask = rollout.response_mask
     with torch.no_grad():
         scores = gspo.score(run.model, rollout, settings.temperature,
-                            settings.routing_replay != "none")
+                            settings.routing_replay != "none", settings.dtype)
     clipped = {}
     for name, (low, high) in ranges.items():
         clipped[name] = gspo.policy_loss(name, scores.logp, rollout.logp, advantage[None], mask,

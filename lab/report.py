@@ -296,8 +296,8 @@ def curves(folder, n_panels=None):
         draw_panel(axis, title, named_lines, summary)
     for axis in axes.flat[len(drawn):]:
         axis.set_visible(False)
-    figure.suptitle(f"{config['task']}, {config['algorithm']}, seed {config['seed']}, routing "
-                    f"replay {config['routing_replay']}; lines without dots are means over 10 steps")
+    figure.suptitle(f"{config['task']}, {config['algorithm']}, seed {config['seed']}, replay "
+                    f"{config['routing_replay']}; lines without dots are means over 10 steps")
     path = folder / ("curves.png" if n_panels is None else f"curves-{n_panels}.png")
     figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -52,11 +52,11 @@ def interrupt_at(call, monkeypatch, number=signal.SIGINT):
     update = gspo.update
     calls = []
 
-    def interrupted(*arguments):
+    def interrupted(*arguments, **options):
         calls.append(arguments)
         if len(calls) == call:
             signal.raise_signal(number)
-        return update(*arguments)
+        return update(*arguments, **options)
     monkeypatch.setattr(gspo, "update", interrupted)
 
 
@@ -69,6 +69,7 @@ def interrupt_at(call, monkeypatch, number=signal.SIGINT):
     ("--queries", "uniform"),
     ("--queries", "adaptive", "--dynamic_sampling", "--sampling_rounds", "2"),
     ("--lag", "2", "--epochs", "2", "--sampler", "int8"),
+    ("--dtype", "float16"),
 ], ids=" ".join)
 def test_a_resumed_run_equals_one_that_was_never_interrupted(train, monkeypatch, options):
     whole = (*SHORT, "6", "--out", "whole", "--eval_every", "4", *options)
@@ -176,9 +177,9 @@ def test_a_disk_that_is_full_when_a_table_grows_costs_no_checkpoint(train, monke
 def test_a_folder_that_is_removed_in_mid_run_stops_it_and_stays_removed(train, monkeypatch):
     update = gspo.update
 
-    def remove(*arguments):
+    def remove(*arguments, **options):
         shutil.rmtree("run")
-        return update(*arguments)
+        return update(*arguments, **options)
     with monkeypatch.context() as patch:
         patch.setattr(gspo, "update", remove)
         assert one_line(train(*SHORT, "1", "--out", "run"))
@@ -282,6 +283,9 @@ def queries_of(run):
     *[{"sampler": precision} for precision in PRECISIONS],
     {"sampler": "bfloat16", "recompute_logp_old": True},
     {"lag": 1, "epochs": 2, "mini_batches": 2},
+    {"dtype": "bfloat16"},
+    {"dtype": "float16"},
+    {"dtype": "bfloat16", "algorithm": "ppo", "routing_replay": "r2"},
     {"sampler": "bfloat16", "algorithm": "gspo_token", "correction": "icepop"},
 ], ids=str)
 def test_every_algorithm_and_every_way_of_routing_trains(options):
@@ -346,6 +350,25 @@ def test_a_second_epoch_goes_on_where_the_first_one_ended():
     assert len(losses[1]) == 2 * len(losses[0]) == 8
     assert losses[1][:4] == losses[0]
     assert losses[1][4] != losses[0][0]
+
+
+def test_float16_skips_a_step_whose_scaled_gradient_overflows_and_goes_on_with_half_the_scale():
+    run = odd_run(prompts=8, group_size=4, dtype="float16")
+    learner = train_py.new_learner(run, {})
+    learner.scaler.load_state_dict(learner.scaler.state_dict() | {"scale": 2.0 ** 60})
+    before = [p.clone() for p in run.model.parameters()]
+    _, updates = train_py.rl_step(run, learner, queries_of(run), 1)
+    assert [update["skipped"] for update in updates] == [1.0] * len(updates)
+    assert all(torch.equal(p, q) for p, q in zip(before, run.model.parameters()))
+    assert learner.scaler.get_scale() == 2.0 ** (60 - len(updates))
+
+
+def test_twenty_skipped_steps_running_are_an_error():
+    state = {}
+    train_py.count_skipped(state, [{"skipped": 1.0}] * 19 + [{"skipped": 0.0}])
+    train_py.count_skipped(state, [{"skipped": 1.0}] * 19)
+    with pytest.raises(FloatingPointError, match="20 optimiser steps running"):
+        train_py.count_skipped(state, [{"skipped": 1.0}])
 
 
 def test_the_overlong_penalty_of_dapo():
