@@ -20,7 +20,6 @@ had happened (on a CPU, with as many threads).
 import ast
 import contextlib
 import copy
-import csv
 import dataclasses
 import hashlib
 import inspect
@@ -101,7 +100,7 @@ class RLOptions:
     epochs: int = option(1, "passes over a rollout, as in PPO; more make its updates staler", 1,
                          100)
     sampler: str = option("same", "weights to sample with: the trainer's own (same), or a copy in "
-                          "this precision; float8 and int round the matrices, but compute in float32",
+                          "this precision (float8 and int: rounded, but computed in float32)",
                           choices=("same", "float32", "bfloat16", "float16", "float8", "int8",
                                    "int4", "int3"))
     lag: int = option(0, "sample with the weights of so many rollouts ago, as asynchronous RL does",
@@ -493,7 +492,7 @@ def rl_step(run: Run, learner: Learner, queries: Queries,
     # How far the sampler was from the trainer shows in the first mini-batch, where the trainer has
     # not moved yet, or in a pass before it.
     differs = run.config.sampler != "same" or run.config.lag > 0
-    for name in MISMATCH_COLUMNS:
+    for name in report.MISMATCH_COLUMNS:
         row[name] = (updates[0] | metrics)[name] if updates and differs else None
     row["step"] = step
     row["no_signal"] = 1 - samples.has_signal.float().mean().item()
@@ -510,7 +509,8 @@ def rl(run: Run, state: dict):
     learner = new_learner(run, state)
     queries = Queries(run.task, config.queries == "adaptive", state["success_rates"])
     saved_step = save_checkpoint(run, learner, state)
-    log = Log(run.folder, state["step"], config.n_layer, list(state["evaluation"]["measures"]))
+    measures = list(state["evaluation"]["measures"])
+    log = report.Log(run.folder, state["step"], config.n_layer, measures)
     start = state["step"]
     if start == 0:
         log.write_evaluation(0, state["first_evaluation"])
@@ -576,80 +576,14 @@ def stop_catching():
 
 # ---------------------------------------------------------------------------- what a run leaves
 
-RATIO_COLUMNS = ["loss", "clip_low", "clip_high", "clip_low_seq", "clip_high_seq", "log_s_mean",
-                 "log_s_std", "log_w_mean", "log_w_std", "outliers", "kl"]
-MISMATCH_COLUMNS = ["mismatch_mean", "mismatch_max", "mismatch_kl", "mismatch_experts"]
-COLUMNS = ["step", "accuracy", "accuracy_greedy", "reward", "reward_thinking", "reward_direct",
-           "think", "length", "length_thinking", "length_direct", "length_right", "length_wrong",
-           "truncated", "no_signal", *RATIO_COLUMNS, *MISMATCH_COLUMNS, "kl_ref", "value_error",
-           "entropy", "grad_norm", "skipped", *report.LAYERED, "tokens_per_second", "seconds",
-           "seconds_rescoring"]
-UPDATE_COLUMNS = ["step", "mini_batch", *RATIO_COLUMNS, "entropy", "grad_norm", "skipped"]
-EVALUATION_COLUMNS = ["step", "kind", "accuracy"]
 RUN_FILES = {"config.json", "metrics.csv", "updates.csv", "evaluations.csv", "samples.txt",
              "summary.json", "cold_start.pt", "checkpoint.pt", "curves.png", "lock"}
-
-
-def table_writer(path: Path, columns: list[str], step: int) -> csv.DictWriter:
-    """A CSV file, open for more rows. A resumed run keeps the rows up to its checkpoint's step."""
-    rows = []
-    if path.exists() and step > 0:
-        # A line that was cut when the power failed lacks values.
-        whole = [row for row in report.read_table(path) if None not in row.values()]
-        rows = [row for row in whole if int(row["step"]) <= step]
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, columns, extrasaction="ignore")
-    writer.writeheader()
-    writer.writerows(rows)
-    write(path, text.getvalue().encode())
-    file = open(path, "a", newline="", buffering=1)     # line by line, for those who look on
-    return csv.DictWriter(file, columns, extrasaction="ignore")
-
-
-class Log:
-    """metrics.csv, a row for each RL step, with a column for each of the `measures` of the task;
-    evaluations.csv, the accuracy on each kind of problem in each held-out evaluation; and
-    updates.csv, a row for each optimiser step, with a column for each layer of the per-layer
-    metrics: expert_change_0, expert_change_1, ..."""
-    def __init__(self, folder: Path, step: int, n_layer: int, measures: list[str]):
-        layers = itertools.product(report.LAYERED, range(n_layer))
-        layered = [f"{name}_{layer}" for name, layer in layers]
-        self.metrics = table_writer(folder / "metrics.csv", COLUMNS + measures, step)
-        self.updates = table_writer(folder / "updates.csv", UPDATE_COLUMNS + layered, step)
-        self.evaluations = table_writer(folder / "evaluations.csv", EVALUATION_COLUMNS, step)
-
-    def write_evaluation(self, step: int, evaluation: dict):
-        for kind, accuracy in evaluation["kinds"].items():
-            self.evaluations.writerow({"step": step, "kind": kind, "accuracy": accuracy})
-
-    def write(self, row: dict, updates: list[dict]):
-        self.metrics.writerow(row)
-        for update in updates:
-            layered = {}
-            for name in report.LAYERED:
-                layered |= {f"{name}_{layer}": x for layer, x in enumerate(update[name])}
-            self.updates.writerow({"step": row["step"]} | update | layered)
-
-
-def write(path: Path, content: bytes):
-    """Atomic: whoever opens the file finds the old content or the new, never a part. OSError, and
-    the old content stays, if the disk is full or the folder is gone."""
-    part = Path(f"{path}.{os.getpid()}.part")           # two runs may write the same cold start
-    try:
-        with open(part, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except OSError:
-        part.unlink(missing_ok=True)
-        raise
 
 
 def save(path: Path, content: dict):
     buffer = io.BytesIO()           # torch.save into a full disk would leave half a file
     torch.save(content, buffer)
-    write(path, buffer.getvalue())
+    report.write(path, buffer.getvalue())
 
 
 def lock(folder: Path) -> ContextManager:
@@ -749,7 +683,7 @@ def finish(run: Run, state: dict):
         "peak_memory_mib": report.peak_memory_mib(), "steps": state["step"],
         "responses": state["responses"],
         "measures_cold_start": cold["measures"], "measures": last["measures"]}
-    write(run.folder / "summary.json", json.dumps(summary, indent=2).encode())
+    report.write(run.folder / "summary.json", json.dumps(summary, indent=2).encode())
     print("4 report", *report.summary_lines(summary, run.config.algorithm), sep="\n  ")
     try:
         print(f"  The curves are in {report.curves(run.folder)}.")
@@ -803,7 +737,7 @@ def train(run: Run, state: dict | None, fresh: bool):
     if state is None:
         state = begin(run, fresh)
     state["options"] = dataclasses.asdict(run.config) | task_options(run.task)
-    write(run.folder / "config.json", json.dumps(state["options"], indent=2).encode())
+    report.write(run.folder / "config.json", json.dumps(state["options"], indent=2).encode())
     print(f"3 RL: {run.config.algorithm}, steps {state['step'] + 1} to {run.config.steps}, "
           f"in {run.folder}")
     rl(run, state)
@@ -878,7 +812,7 @@ def build(config: Config, task, state: dict | None = None) -> Run:
     tokenizer = Tokenizer(tasks.vocabulary(config.task))
     demonstrations.check(task, tokenizer, MAX_PROMPT, config.max_new_tokens)
     for name in tasks.measure(task, task.sample(random.Random(0)), "", True):
-        if name in COLUMNS:
+        if name in report.COLUMNS:
             raise ValueError(f"the task measures {name!r}, a column that metrics.csv has already; "
                              "choose another name")
     sizes = {field.name: getattr(config, field.name) for field in dataclasses.fields(ModelOptions)}

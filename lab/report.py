@@ -1,10 +1,13 @@
-"""What a run shows to the person who watches it: its lines, its words, its samples, its curves.
+"""What a run shows to the person who watches it: its tables, its words, its samples, its curves.
 
     python -m lab.report out/run-1        draws out/run-1/curves.png again
     python -m lab.report out/run-1 3      only its first three panels, as out/run-1/curves-3.png
 """
 import csv
+import io
+import itertools
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -97,6 +100,76 @@ def peak_memory_mib():
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak // (2 ** 20 if sys.platform == "darwin" else 2 ** 10)
+
+
+# ---------------------------------------------------------------------------- tables
+
+RATIO_COLUMNS = ["loss", "clip_low", "clip_high", "clip_low_seq", "clip_high_seq", "log_s_mean",
+                 "log_s_std", "log_w_mean", "log_w_std", "outliers", "kl"]
+MISMATCH_COLUMNS = ["mismatch_mean", "mismatch_max", "mismatch_kl", "mismatch_experts"]
+COLUMNS = ["step", "accuracy", "accuracy_greedy", "reward", "reward_thinking", "reward_direct",
+           "think", "length", "length_thinking", "length_direct", "length_right", "length_wrong",
+           "truncated", "no_signal", *RATIO_COLUMNS, *MISMATCH_COLUMNS, "kl_ref", "value_error",
+           "entropy", "grad_norm", "skipped", *LAYERED, "tokens_per_second", "seconds",
+           "seconds_rescoring"]
+UPDATE_COLUMNS = ["step", "mini_batch", *RATIO_COLUMNS, "entropy", "grad_norm", "skipped"]
+EVALUATION_COLUMNS = ["step", "kind", "accuracy"]
+
+
+def write(path, content):
+    """Atomic: whoever opens the file finds the old content or the new, never a part. OSError, and
+    the old content stays, if the disk is full or the folder is gone."""
+    part = Path(f"{path}.{os.getpid()}.part")           # two runs may write the same cold start
+    try:
+        with open(part, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def table_writer(path, columns, step):
+    """A CSV file, open for more rows. A resumed run keeps the rows up to its checkpoint's step."""
+    rows = []
+    if path.exists() and step > 0:
+        # A line that was cut when the power failed lacks values.
+        whole = [row for row in read_table(path) if None not in row.values()]
+        rows = [row for row in whole if int(row["step"]) <= step]
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, columns, extrasaction="ignore")
+    writer.writeheader()
+    writer.writerows(rows)
+    write(path, text.getvalue().encode())
+    file = open(path, "a", newline="", buffering=1)     # line by line, for those who look on
+    return csv.DictWriter(file, columns, extrasaction="ignore")
+
+
+class Log:
+    """metrics.csv, a row for each RL step, with a column for each of the `measures` of the task;
+    evaluations.csv, the accuracy on each kind of problem in each held-out evaluation; and
+    updates.csv, a row for each optimiser step, with a column for each layer of the per-layer
+    metrics: expert_change_0, expert_change_1, ..."""
+    def __init__(self, folder, step, n_layer, measures):
+        layers = itertools.product(LAYERED, range(n_layer))
+        layered = [f"{name}_{layer}" for name, layer in layers]
+        self.metrics = table_writer(folder / "metrics.csv", COLUMNS + measures, step)
+        self.updates = table_writer(folder / "updates.csv", UPDATE_COLUMNS + layered, step)
+        self.evaluations = table_writer(folder / "evaluations.csv", EVALUATION_COLUMNS, step)
+
+    def write_evaluation(self, step, evaluation):
+        for kind, accuracy in evaluation["kinds"].items():
+            self.evaluations.writerow({"step": step, "kind": kind, "accuracy": accuracy})
+
+    def write(self, row, updates):
+        self.metrics.writerow(row)
+        for update in updates:
+            layered = {}
+            for name in LAYERED:
+                layered |= {f"{name}_{layer}": x for layer, x in enumerate(update[name])}
+            self.updates.writerow({"step": row["step"]} | update | layered)
 
 
 # ---------------------------------------------------------------------------- words

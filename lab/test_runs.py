@@ -168,7 +168,7 @@ def test_a_disk_that_is_full_when_a_table_grows_costs_no_checkpoint(train, monke
     def open_full(path, *arguments, **options):
         return open("/dev/full" if str(path).endswith(table) else path, *arguments, **options)
     with monkeypatch.context() as patch:
-        patch.setattr(train_py, "open", open_full, raising=False)
+        patch.setattr(report, "open", open_full, raising=False)
         assert one_line(train(*SHORT, "4", "--eval_every", "2", "--out", "run"))
     assert train("--resume", "--out", "run", "--steps", "4") == 0
     assert len(metrics("run")) == 4
