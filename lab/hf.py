@@ -1,7 +1,17 @@
-"""The model as `transformers` knows it, Qwen3MoeForCausalLM, and back."""
+"""The model as `transformers` knows it, Qwen3MoeForCausalLM, and back.
+
+    python -m lab.hf out/run-1 FOLDER     writes what AutoModelForCausalLM.from_pretrained(FOLDER)
+                                          and AutoTokenizer.from_pretrained(FOLDER) load, offline
+
+Needs transformers 5 and safetensors. `from_folder` is the way back."""
+import json
+import sys
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
+import train
 from moe import MoEConfig, MoETransformer
 
 # The fields of MoEConfig, and what `transformers` calls them.
@@ -147,3 +157,48 @@ def our_config(config: dict) -> MoEConfig:
         raise ValueError(f"head_dim is {head_dim}; our model has only hidden_size / "
                          f"num_attention_heads, {C}")
     return ours
+
+
+def tokenizer_for(tokens: list[str]):
+    """The tokens of a vocabulary file -> a tokenizer of `transformers`. <end> and <pad> are special
+    there: they can be left out of a decoded text. <think> and </think> are not, as in Qwen3."""
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+    tokenizer = Tokenizer(models.WordLevel({token: i for i, token in enumerate(tokens)}))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")      # into characters
+    tokenizer.decoder = decoders.Fuse()                                         # without spaces
+    for token in tokens:
+        if token in ("<pad>", "<end>"):
+            tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False)])
+        elif len(token) > 1:
+            tokenizer.add_tokens([AddedToken(token, special=False, normalized=False)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<pad>",
+                                   padding_side="left", clean_up_tokenization_spaces=False)
+
+
+def to_folder(run_folder: str, folder: str):
+    """Write the model of a run's last checkpoint as `transformers` does."""
+    from transformers import GenerationConfig, Qwen3MoeConfig, Qwen3MoeForCausalLM
+    config, task, _, state = train.parse(["--eval_only", "--out", run_folder])
+    run = train.build(config, task, state)
+    ends = {"eos_token_id": run.tokenizer.eos_id, "pad_token_id": run.tokenizer.pad_id}
+    their_config, weights = to_hf(run.model)
+    model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**their_config, **ends))
+    model.load_state_dict(weights)
+    model.generation_config = GenerationConfig(max_new_tokens=config.max_new_tokens, **ends)
+    model.save_pretrained(folder)
+    tokenizer_for(run.tokenizer.tokens).save_pretrained(folder)
+
+
+def from_folder(folder: str) -> MoETransformer:
+    """The model in a folder that `transformers` has saved."""
+    from safetensors.torch import load_file
+    config = json.loads((Path(folder) / "config.json").read_text())
+    return from_hf(config, load_file(Path(folder) / "model.safetensors"))
+
+
+if __name__ == "__main__":
+    if len(sys.argv) == 3:
+        to_folder(*sys.argv[1:])
+    else:
+        print(__doc__)

@@ -5,6 +5,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+import train
+from data.tokenizer import Tokenizer
 from lab import hf
 from moe import MoEConfig, MoETransformer
 
@@ -164,3 +166,35 @@ def test_a_variant_that_transformers_writes_is_a_value_error(model, transformers
         written = transformers.Qwen3MoeConfig(**config | variant).to_dict()
         with pytest.raises(ValueError, match=list(variant)[0]):
             hf.from_hf(written, state)
+
+
+@pytest.mark.parametrize("task, prompts", [
+    ("arithmetic", ["3+4=", "17-8=", "6*7="]), ("countdown", ["3,8,2=30:", "9,9,1=19:"])])
+def test_a_run_that_was_written_for_transformers_gives_the_same_answers(
+        transformers, tmp_path, monkeypatch, capsys, task, prompts):
+    monkeypatch.chdir(tmp_path)
+    train.main(["--task", task, "--cold_steps", "60", "--cold_tokens", "800", "--steps", "1",
+                "--prompts", "4", "--threads", "1", "--out", "run"])
+    hf.to_folder("run", "saved")
+    tokenizer = transformers.AutoTokenizer.from_pretrained("saved", local_files_only=True)
+    model = transformers.AutoModelForCausalLM.from_pretrained("saved", local_files_only=True)
+    for prompt in prompts:
+        capsys.readouterr()
+        train.main(["--ask", prompt, "--out", "run"])
+        ours = capsys.readouterr().out.removesuffix("\n")
+        ids = tokenizer(prompt, return_tensors="pt").input_ids
+        text = tokenizer.decode(model.generate(ids, do_sample=False)[0])
+        assert text.removesuffix("<end>") == ours
+        assert tokenizer.decode(ids[0]) == prompt
+    assert_close(hf.from_folder("saved").state_dict(),
+                 torch.load("run/checkpoint.pt", weights_only=True)["model"], rtol=0, atol=0)
+
+
+def test_the_tokenizer_for_transformers_leaves_out_only_what_is_special(transformers):
+    tokens = Tokenizer().tokens
+    tokenizer = hf.tokenizer_for(tokens)
+    text = "3+4=<think>3+4+0=7</think>7<end>"
+    ids = tokenizer(text).input_ids
+    assert ids == Tokenizer().encode(text)
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.decode(ids, skip_special_tokens=True) == text.removesuffix("<end>")
