@@ -24,6 +24,7 @@ rest there is for the other objectives and for the metrics.
 Letters as in moe.py: B = P*G responses to P prompts, S columns, the last T of them the responses';
 N response tokens in a list, L layers, E experts, K active experts, D width. A is an advantage.
 """
+import io
 import itertools
 import time
 from dataclasses import dataclass, replace
@@ -31,6 +32,7 @@ from math import isfinite
 from typing import Callable, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
@@ -236,12 +238,15 @@ class Scores(NamedTuple):
     routes: Tensor          # (L, B, S, K), of prompt and response
     router_logits: Tensor   # (L, B, S, E)
 
+    def detach(self) -> "Scores":
+        return Scores(*(x.detach() for x in self))
+
     @staticmethod
     def join(parts: list["Scores"]) -> "Scores":
         """The scores of several parts of a batch in one, without their gradient."""
-        logp, entropy, hidden, routes, router_logits = zip(*parts)
-        return Scores(torch.cat(logp).detach(), torch.cat(entropy), torch.cat(hidden).detach(),
-                      torch.cat(routes, dim=1), torch.cat(router_logits, dim=1).detach())
+        logp, entropy, hidden, routes, router_logits = zip(*(part.detach() for part in parts))
+        return Scores(torch.cat(logp), torch.cat(entropy), torch.cat(hidden),
+                      torch.cat(routes, dim=1), torch.cat(router_logits, dim=1))
 
 
 def score(model: MoETransformer, rollout: Rollout, temperature: float = 1.0,
@@ -294,6 +299,7 @@ def update(model: MoETransformer, optimizer: torch.optim.Optimizer, experience: 
         if result is None:
             continue
         loss, step_metrics = result
+        loss = add_up(parameters, loss)
         scaler.unscale_(optimizer)
         grad_norm = nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm).item()
         skipped = scaler.is_enabled() and not isfinite(grad_norm)
@@ -327,15 +333,17 @@ def accumulate_gradient(model: MoETransformer, mini_batch: Experience, settings:
         needed = torch.ones_like(needed)
     if not needed.any():
         return None
-    computed = mini_batch.select(needed)
-    token_weights = token_weights[needed]
-    mean_weights = mean_weights[needed]
+    # Under torchrun the responses are dealt out: this process computes only its own.
+    rank, n_processes = team()
+    dealt = [needed.nonzero()[first::n_processes, 0] for first in range(n_processes)]
+    mine = mini_batch.select(dealt[rank])
+    token_weights = token_weights[dealt[rank]]
+    mean_weights = mean_weights[dealt[rank]]
 
     total = 0.0
-    all_scores = []
-    all_clipped = []
-    for rows in micro_batches(computed.rollout, settings):
-        part = computed.select(rows)
+    computed = []
+    for rows in micro_batches(mine.rollout, settings):
+        part = mine.select(rows)
         mask = part.rollout.response_mask
         # logp_old was stored by moe.generate when it sampled (or by rescore, before the update). In
         # the first mini-batch the model has not moved since: every ratio is 1, up to rounding, and
@@ -349,16 +357,55 @@ def accumulate_gradient(model: MoETransformer, mini_batch: Experience, settings:
             settings.clip_low, settings.clip_high, token_weights[rows])
         scaler.scale(loss + extra_losses(part, scores, mean_weights[rows], settings)).backward()
         total += loss.item()
-        all_scores.append(scores)
-        all_clipped.append(clipped)
-    return total, update_metrics(computed, Scores.join(all_scores), torch.cat(all_clipped))
+        computed.append((scores.detach(), clipped))
+    all_scores, all_clipped = zip(*gather(computed, lengths.device))
+    return total, update_metrics(mini_batch.select(torch.cat(dealt)), Scores.join(all_scores),
+                                 torch.cat(all_clipped))
 
 
 def micro_batches(rollout: Rollout, settings: Settings) -> tuple[Tensor, ...]:
     """The row numbers 0 .. B-1 in parts of at most `micro_tokens` cells, at least one row each."""
     B, S = rollout.tokens.shape
     rows = torch.arange(B, device=rollout.tokens.device)
-    return rows.split(max(1, settings.micro_tokens // S))
+    return rows.split(max(1, settings.micro_tokens // S)) if B else ()
+
+
+# Many processes, under torchrun: the work is dealt out, its results are shared. So every process
+# knows the whole rollout and decides by itself what all others decide.
+
+def team() -> tuple[int, int]:
+    """The number of this process, and how many there are: 0 and 1 without torchrun."""
+    if not dist.is_initialized():
+        return 0, 1
+    return dist.get_rank(), dist.get_world_size()
+
+
+def gather(mine: list, device: torch.device) -> list:
+    """The lists of all processes in one list, process 0 first, with their tensors on `device`."""
+    _, n_processes = team()
+    if n_processes == 1:
+        return mine
+    buffer = io.BytesIO()
+    torch.save(mine, buffer)
+    received = [None] * n_processes
+    dist.all_gather_object(received, buffer.getvalue())
+    # Not only weights, but from nobody else than ourselves.
+    lists = [torch.load(io.BytesIO(sent), device, weights_only=False) for sent in received]
+    return list(itertools.chain(*lists))
+
+
+def add_up(parameters: list[nn.Parameter], loss: float) -> float:
+    """Replace each gradient by the sum of those of all processes -> the sum of their losses. In a
+    process that has computed no row, a gradient may be missing: it counts as 0."""
+    if team()[1] == 1:
+        return loss
+    flat = [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters]
+    total = torch.cat([*flat, flat[0].new_tensor([loss])])
+    dist.all_reduce(total)
+    parts = total[:-1].split([p.numel() for p in parameters])
+    for p, part in zip(parameters, parts):
+        p.grad = part.view_as(p)
+    return total[-1].item()
 
 
 # ---------------------------------------------------------------------------- the relatives

@@ -464,12 +464,13 @@ def in_precision(model: MoETransformer, precision: str) -> MoETransformer:
 @torch.inference_mode()
 def generate(model: MoETransformer, prompts: list[list[int]], group_size: int, max_new_tokens: int,
              temperature: float = 1.0, eos_id: int | None = None, pad_id: int = 0,
-             generator: torch.Generator | None = None) -> Rollout:
+             uniform: Tensor | None = None) -> Rollout:
     """Sample `group_size` responses to each of P prompts, lists of token ids.
 
     A response ends with `eos_id` or is cut after `max_new_tokens`. No top-k or top-p: the trainer
     scores the very distribution that was sampled. Temperature 0 takes the likeliest token, with its
-    log-prob at temperature 1. Chance comes from `generator`, a CPU one. Errors: check_request."""
+    log-prob at temperature 1. Chance is in the numbers from 0 to 1 `uniform` (B, max_new_tokens),
+    one for each token of each row; by default torch draws them. Errors: check_request."""
     check_request(model.config, prompts, group_size, max_new_tokens, temperature)
     device = model.embed.weight.device
     eos_id = -1 if eos_id is None else eos_id       # no token has the id -1
@@ -488,8 +489,9 @@ def generate(model: MoETransformer, prompts: list[list[int]], group_size: int, m
                         max_new_tokens, pad_id, group_size)
 
     # 3 Loop: choose a token for each row, drop the rows that end with it, compute the others.
-    # The uniform numbers are drawn at once: when one row ends changes nothing for the others.
-    uniform = torch.rand(rollout.logp.shape, generator=generator).to(device)        # (B, T)
+    # A row has its own numbers: when one row ends changes nothing for the others.
+    uniform = torch.rand(rollout.logp.shape) if uniform is None else uniform
+    uniform = uniform.to(device)                                        # (B, max_new_tokens)
     rows = torch.arange(len(uniform), device=device)                    # those that go on
     for t in range(max_new_tokens):
         probs = (logits.float() / (temperature or 1.0)).softmax(dim=-1)     # (rows, vocab_size)

@@ -524,7 +524,8 @@ def tiny(seed=0, **sizes):
 
 def sample(model, prompts=PROMPTS, group_size=4, max_new_tokens=6, seed=0, **options):
     generator = torch.Generator().manual_seed(seed)
-    options = {"eos_id": END, "generator": generator} | options
+    uniform = torch.rand(len(prompts) * group_size, max_new_tokens, generator=generator)
+    options = {"eos_id": END, "uniform": uniform} | options
     return moe.generate(model, prompts, group_size, max_new_tokens, **options)
 
 

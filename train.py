@@ -26,15 +26,18 @@ import inspect
 import io
 import itertools
 import json
+import math
 import os
 import random
 import signal
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import ContextManager, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
@@ -257,8 +260,11 @@ def cold_start(run: Run, fresh: bool) -> float:
     schedules = [LambdaLR(optimizer, share_of_peak) for optimizer in optimizers]
     began = time.time()
     batches = demonstrations.batches(run.task, run.tokenizer, config.seed, config.cold_tokens)
+    rank, n_processes = gspo.team()
     for step in range(1, config.cold_steps + 1):
         tokens, mask, T = demonstrations.collate(next(batches), run.tokenizer.pad_id, device)
+        tokens = tokens[rank::n_processes]
+        mask = mask[rank::n_processes]
         out = model(tokens, mask, logits_to_keep=T + 1)
         # The logits of a column predict the token of the next one; only responses are imitated.
         response_mask = mask[:, -T:]
@@ -268,12 +274,12 @@ def cold_start(run: Run, fresh: bool) -> float:
         # Divide by a constant, not by N: a token weighs the same in every batch.
         loss = total / config.cold_tokens
         model.zero_grad()
-        (loss + config.balance * moe.balance_loss(out, mask)).backward()
-        grad_norm = nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
-        if not torch.isfinite(loss + grad_norm):
-            sys.exit(f"train.py: cold start step {step}: loss {loss.item()}, gradient norm "
-                     f"{grad_norm.item()}; there is no checkpoint yet. A lower --muon_lr or "
-                     "--cold_lr may help.")
+        (loss + config.balance / n_processes * moe.balance_loss(out, mask)).backward()
+        loss = gspo.add_up(list(model.parameters()), loss.item())
+        grad_norm = nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm).item()
+        if not math.isfinite(loss + grad_norm):
+            sys.exit(f"train.py: cold start step {step}: loss {loss}, gradient norm {grad_norm}; "
+                     "there is no checkpoint yet. A lower --muon_lr or --cold_lr may help.")
         for optimizer, schedule in zip(optimizers, schedules):
             optimizer.step()
             schedule.step()
@@ -297,7 +303,7 @@ def cold_start_key(run: Run) -> str:
     code = [code_of(x) for x in (
         moe, demonstrations, inspect.getmodule(type(run.task)), Tokenizer, build, orthogonalise,
         Muon, cold_optimizers, cold_start)]
-    parts = (LAYOUT, options, vars(run.task), code, run.tokenizer.tokens, torch.__version__,
+    parts = (LAYOUT, gspo.team()[1], options, vars(run.task), code, run.tokenizer.tokens, torch.__version__,
              run.model.embed.weight.device.type)
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
 
@@ -317,10 +323,21 @@ def code_of(x) -> str:
 
 def sample_responses(run: Run, model: moe.MoETransformer, problems: list, group_size: int,
                      temperature: float, generator: torch.Generator | None = None) -> moe.Rollout:
-    """`group_size` responses to each problem; temperature 0 is greedy."""
+    """`group_size` responses to each problem; temperature 0 is greedy. With N processes, process r
+    samples the groups r, r + N, r + 2 N, ... Each gets the whole rollout in the end."""
+    rank, n_processes = gspo.team()
+    P = len(problems)
+    T = run.config.max_new_tokens
     prompts = [run.tokenizer.encode(problem.prompt) for problem in problems]
-    return moe.generate(model, prompts, group_size, run.config.max_new_tokens, temperature,
-                        run.tokenizer.eos_id, run.tokenizer.pad_id, generator)
+    uniform = torch.rand(P, group_size, T, generator=generator)
+    mine = moe.generate(model, prompts[rank::n_processes], group_size, T, temperature,
+                        run.tokenizer.eos_id, run.tokenizer.pad_id,
+                        uniform[rank::n_processes].flatten(0, 1))
+    device = mine.tokens.device
+    rollout = moe.Rollout.join(gspo.gather([mine], device))
+    dealt = torch.cat([torch.arange(P)[first::n_processes] for first in range(n_processes)])
+    rows = torch.arange(P * group_size).view(P, group_size)[dealt.argsort()]
+    return rollout.select(rows.flatten().to(device))
 
 
 def reward_responses(run: Run, problems: list, rollout: moe.Rollout) -> list[Response]:
@@ -373,8 +390,10 @@ def new_learner(run: Run, state: dict) -> Learner:
         if "head" in state:
             head.load_state_dict(state["head"])
     if config.kl_coef:
-        reference = copy.deepcopy(run.model)
-        reference.load_state_dict(load(run.folder / "cold_start.pt", "start a new run")["model"])
+        reference = copy.deepcopy(run.model)        # that of the cold start, in a new run
+        if state.get("step"):
+            path = Path(config.out) / "cold_start.pt"
+            reference.load_state_dict(load(path, "start a new run")["model"])
     parameters = [*run.model.parameters(), *(head.parameters() if head else ())]
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0,
                                   fused=True)
@@ -539,9 +558,10 @@ def rl(run: Run, state: dict):
         report.print_row(row, state["evaluation"]["accuracy"], left)
         if "accuracy" in row:
             report.show(state["evaluation"], sampled, run.folder / "samples.txt", f"RL step {step}")
-        if step % config.save_every == 0 or step == config.steps or interrupted:
+        stop = any(gspo.gather([bool(interrupted)], torch.device("cpu")))
+        if step % config.save_every == 0 or step == config.steps or stop:
             saved_step = save_checkpoint(run, learner, state)
-        if interrupted and step < config.steps:
+        if stop and step < config.steps:
             print(f"stopped; to go on: python train.py --resume --out {run.folder}")
             sys.exit(130)
     stop_catching()
@@ -799,6 +819,8 @@ def parse(argv: list[str] | None) -> tuple[Config, object, dict, dict | None]:
 def build(config: Config, task, state: dict | None = None) -> Run:
     """The tokenizer and the model, with the weights of `state` if there is one."""
     torch.set_num_threads(config.threads)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))     # torchrun: a GPU for each
     torch.manual_seed(config.seed)
     devices = ["cpu"]
     if torch.backends.mps.is_available():
@@ -823,10 +845,27 @@ def build(config: Config, task, state: dict | None = None) -> Run:
     return Run(config, task, tokenizer, model, Path(config.out or ""))
 
 
+def join_team(run: Run) -> Run:
+    """Under torchrun, meet the other processes. Only process 0 prints and leaves files: the others
+    do so too, where nobody looks. ValueError for more processes than groups."""
+    n_processes = int(os.environ.get("WORLD_SIZE", 1))
+    if n_processes == 1:
+        return run
+    if n_processes > run.config.prompts:
+        raise ValueError(f"{n_processes} processes, but --prompts {run.config.prompts}: each needs "
+                         "a group")
+    on_gpu = run.model.embed.weight.device.type == "cuda"
+    dist.init_process_group("nccl" if on_gpu else "gloo")
+    if dist.get_rank() == 0:
+        return run
+    sys.stdout = open(os.devnull, "w")
+    return run._replace(folder=Path(tempfile.mkdtemp()))
+
+
 def main(argv: list[str] | None = None):
     try:
         config, task, todo, state = parse(argv)
-        run = build(config, task, state)
+        run = join_team(build(config, task, state))
         if todo["ask"] is not None:
             return ask(run, todo["ask"])
         run.folder.mkdir(parents=True, exist_ok=True)
@@ -844,6 +883,11 @@ def main(argv: list[str] | None = None):
     except KeyboardInterrupt:
         print("stopped at once; --resume goes on from the last checkpoint, if this run has one yet")
         sys.exit(130)
+    except RuntimeError as error:
+        if not dist.is_initialized():
+            raise
+        sys.exit(f"train.py: another process is gone ({str(error).splitlines()[0]}); --resume goes "
+                 "on from the last checkpoint, if this run has one yet")
     except OSError as error:                # a full disk, a folder that is gone
         if isinstance(error, BrokenPipeError):
             raise
