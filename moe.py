@@ -469,8 +469,8 @@ def generate(model: MoETransformer, prompts: list[list[int]], group_size: int, m
 
     A response ends with `eos_id` or is cut after `max_new_tokens`. No top-k or top-p: the trainer
     scores the very distribution that was sampled. Temperature 0 takes the likeliest token, with its
-    log-prob at temperature 1. Chance is in the numbers from 0 to 1 `uniform` (B, max_new_tokens),
-    one for each token of each row; by default torch draws them. Errors: check_request."""
+    log-prob at temperature 1. All chance is in `uniform` (B, max_new_tokens), numbers from 0 to 1;
+    by default torch draws them. Errors: check_request."""
     check_request(model.config, prompts, group_size, max_new_tokens, temperature)
     device = model.embed.weight.device
     eos_id = -1 if eos_id is None else eos_id       # no token has the id -1
@@ -489,9 +489,8 @@ def generate(model: MoETransformer, prompts: list[list[int]], group_size: int, m
                         max_new_tokens, pad_id, group_size)
 
     # 3 Loop: choose a token for each row, drop the rows that end with it, compute the others.
-    # A row has its own numbers: when one row ends changes nothing for the others.
-    uniform = torch.rand(rollout.logp.shape) if uniform is None else uniform
-    uniform = uniform.to(device)                                        # (B, max_new_tokens)
+    # Each row has numbers of its own: when one row ends changes nothing for the others.
+    uniform = (torch.rand(rollout.logp.shape) if uniform is None else uniform).to(device)
     rows = torch.arange(len(uniform), device=device)                    # those that go on
     for t in range(max_new_tokens):
         probs = (logits.float() / (temperature or 1.0)).softmax(dim=-1)     # (rows, vocab_size)

@@ -262,17 +262,15 @@ def cold_start(run: Run, fresh: bool) -> float:
     batches = demonstrations.batches(run.task, run.tokenizer, config.seed, config.cold_tokens)
     rank, n_processes = gspo.team()
     for step in range(1, config.cold_steps + 1):
-        tokens, mask, T = demonstrations.collate(next(batches), run.tokenizer.pad_id, device)
-        tokens = tokens[rank::n_processes]
-        mask = mask[rank::n_processes]
+        mine = next(batches)[rank::n_processes]
+        tokens, mask, T = demonstrations.collate(mine, run.tokenizer.pad_id, device)
         out = model(tokens, mask, logits_to_keep=T + 1)
         # The logits of a column predict the token of the next one; only responses are imitated.
         response_mask = mask[:, -T:]
         predicted = out.logits[:, :-1][response_mask]                       # (N, vocab_size)
         target = tokens[:, -T:][response_mask]                              # (N,)
         total = F.cross_entropy(predicted, target, reduction="sum")         # nats
-        # Divide by a constant, not by N: a token weighs the same in every batch.
-        loss = total / config.cold_tokens
+        loss = total / config.cold_tokens       # not by N: a token weighs the same in every batch
         model.zero_grad()
         (loss + config.balance / n_processes * moe.balance_loss(out, mask)).backward()
         loss = gspo.add_up(list(model.parameters()), loss.item())
@@ -303,8 +301,8 @@ def cold_start_key(run: Run) -> str:
     code = [code_of(x) for x in (
         moe, demonstrations, inspect.getmodule(type(run.task)), Tokenizer, build, orthogonalise,
         Muon, cold_optimizers, cold_start)]
-    parts = (LAYOUT, gspo.team()[1], options, vars(run.task), code, run.tokenizer.tokens, torch.__version__,
-             run.model.embed.weight.device.type)
+    parts = (LAYOUT, gspo.team()[1], options, vars(run.task), code, run.tokenizer.tokens,
+             torch.__version__, run.model.embed.weight.device.type)
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
 
 
