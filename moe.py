@@ -468,9 +468,8 @@ def generate(model: MoETransformer, prompts: list[list[int]], group_size: int, m
     """Sample `group_size` responses to each of P prompts, lists of token ids.
 
     A response ends with `eos_id` or is cut after `max_new_tokens`. No top-k or top-p: the trainer
-    scores the very distribution that was sampled. Temperature 0 takes the likeliest token, with its
-    log-prob at temperature 1. All chance is in `uniform` (B, max_new_tokens), numbers from 0 to 1;
-    by default torch draws them. Errors: check_request."""
+    scores the distribution that was sampled. Temperature 0 takes the likeliest token, with its
+    log-prob at temperature 1. `uniform` (B, max_new_tokens), from 0 to 1, is all chance there is."""
     check_request(model.config, prompts, group_size, max_new_tokens, temperature)
     device = model.embed.weight.device
     eos_id = -1 if eos_id is None else eos_id       # no token has the id -1

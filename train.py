@@ -265,9 +265,8 @@ def cold_start(run: Run, fresh: bool) -> float:
         mine = next(batches)[rank::n_processes]
         tokens, mask, T = demonstrations.collate(mine, run.tokenizer.pad_id, device)
         out = model(tokens, mask, logits_to_keep=T + 1)
-        # The logits of a column predict the token of the next one; only responses are imitated.
-        response_mask = mask[:, -T:]
-        predicted = out.logits[:, :-1][response_mask]                       # (N, vocab_size)
+        response_mask = mask[:, -T:]            # only responses are imitated
+        predicted = out.logits[:, :-1][response_mask]       # the next token; (N, vocab_size)
         target = tokens[:, -T:][response_mask]                              # (N,)
         total = F.cross_entropy(predicted, target, reduction="sum")         # nats
         loss = total / config.cold_tokens       # not by N: a token weighs the same in every batch

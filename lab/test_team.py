@@ -1,4 +1,5 @@
 """Many processes: the same numbers as one process. Two processes on this machine, by gloo."""
+import json
 import os
 import signal
 import subprocess
@@ -19,11 +20,12 @@ SHORT = ["--cold_steps", "30", "--cold_tokens", "400", "--prompts", "5", "--grou
 
 # Three updates of a model on a rollout that all processes make alike, then its parameters.
 UPDATE = """
+import json
 import sys
 import torch
 import torch.distributed as dist
-import gspo, moe
-options = eval(sys.argv[2])         # written by the test itself
+import gspo
+import moe
 if "torchrun" in sys.argv:
     dist.init_process_group("gloo")
 torch.manual_seed(0)
@@ -33,7 +35,7 @@ model = moe.MoETransformer(moe.MoEConfig(12, max_length=16, n_layer=2, d_model=1
 uniform = torch.rand(15, 6)
 rollout = moe.generate(model, [[2, 5], [3], [7, 8, 9], [4], [6, 2]], 3, 6, 1.0, 1, 0, uniform)
 rewards = torch.tensor([[1.0, 0, 0], [0, 1, 1], [0, 0, 0], [1, 0, 1], [1, 1, 0]])
-settings = gspo.Settings(**options)
+settings = gspo.Settings(**json.loads(sys.argv[2]))
 optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
 experience, _ = gspo.prepare(model, rollout, rewards, settings)
 metrics = gspo.update(model, optimizer, experience, settings)
@@ -51,7 +53,7 @@ def test_two_processes_make_the_update_of_one(tmp_path, options):
     script.write_text(UPDATE)
     environment = os.environ | {"PYTHONPATH": str(HOUSE), "OMP_NUM_THREADS": "1"}
     for command, name, more in (([sys.executable], "one", []), (TORCHRUN, "two", ["torchrun"])):
-        subprocess.run([*command, str(script), str(tmp_path / name), repr(options), *more],
+        subprocess.run([*command, str(script), str(tmp_path / name), json.dumps(options), *more],
                        env=environment, check=True, capture_output=True, timeout=120)
     one, metrics_of_one = torch.load(tmp_path / "one", weights_only=True)
     two, metrics_of_two = torch.load(tmp_path / "two", weights_only=True)
