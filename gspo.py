@@ -277,7 +277,7 @@ def update(model: MoETransformer, optimizer: torch.optim.Optimizer, experience: 
     """One optimiser step for each mini-batch of whole groups, in each epoch -> a dict of metrics
     for each step.
 
-    With `first`, only the first so many mini-batches. One in which every A is 0 has no step, unless
+    With `first`, only the first so many steps. One in which every A is 0 has no step, unless
     a KL term or a critic has something to learn. The optimizer must know the parameters of the
     critic's head too. FloatingPointError, before the step, if the loss or the gradient is not
     finite.
@@ -286,6 +286,7 @@ def update(model: MoETransformer, optimizer: torch.optim.Optimizer, experience: 
     the loss by a large number, and divides the gradients by it before they are clipped. If that was
     too much for a gradient, the step is skipped, and the next ones get a smaller number."""
     scaler = scaler or torch.amp.GradScaler(enabled=False)                 # does nothing
+    scaler.scale(torch.zeros(1, device=experience.advantages.device))      # lets it start
     parameters = list(itertools.chain(*(group["params"] for group in optimizer.param_groups)))
     lengths = experience.rollout.lengths                                   # (B,)
     rows_of_groups = torch.arange(len(lengths), device=lengths.device)
@@ -307,7 +308,8 @@ def update(model: MoETransformer, optimizer: torch.optim.Optimizer, experience: 
             raise FloatingPointError(f"loss {loss}, gradient norm {grad_norm}; a lower lr may help")
         scaler.step(optimizer)
         scaler.update()
-        metrics.append({"mini_batch": index, "loss": loss, "grad_norm": grad_norm,
+        metrics.append({"mini_batch": index, "loss": loss,
+                        "grad_norm": 0.0 if skipped else grad_norm,
                         "skipped": float(skipped)} | step_metrics)
     return metrics
 

@@ -90,8 +90,7 @@ def at_least_fp32(x: Tensor) -> Tensor:
 
 def autocast(device: torch.device, dtype: str) -> ContextManager:
     """With this, PyTorch computes matrix products in bfloat16 or float16, if `dtype` says so. The
-    weights, what is added up between the layers, the router's softmax and the rotary positions stay
-    in fp32."""
+    weights, what the layers add up, softmax, norms and rotary positions stay in fp32."""
     if dtype == "float32":
         return contextlib.nullcontext()
     return torch.autocast(device.type, getattr(torch, dtype))
@@ -155,8 +154,9 @@ class Attention(nn.Module):
         q = self.q(x).unflatten(1, (-1, self.C))                        # (N, H, C)
         k = self.k(x).unflatten(1, (-1, self.C))                        # (N, n_kv_head, C)
         v = self.v(x).unflatten(1, (-1, self.C))
-        q = rotate(self.q_norm(q), freqs_cis)
-        k = rotate(self.k_norm(k), freqs_cis)
+        # Of the norm's type: under autocast q and k are of another one.
+        q = rotate(self.q_norm(q.to(self.q_norm.weight.dtype)), freqs_cis)
+        k = rotate(self.k_norm(k.to(self.k_norm.weight.dtype)), freqs_cis)
         q = pad(q, places, (B, T)).transpose(1, 2)                      # (B, H, T, C)
         k = pad(k, places, (B, T)).transpose(1, 2)                      # (B, n_kv_head, T, C)
         v = pad(v, places, (B, T)).transpose(1, 2)
@@ -453,8 +453,13 @@ def in_precision(model: MoETransformer, precision: str) -> MoETransformer:
     """A copy of the model that computes in bfloat16 or float16; or in its own precision, with all
     its matrices, embeddings and routers included, rounded to float8, int8, int4 or int3."""
     model = copy.deepcopy(model)
-    if precision in ("float32", "bfloat16", "float16"):
-        return model.to(getattr(torch, precision))
+    # Not model.to(dtype): it would cast the complex numbers of the rotary positions too.
+    if precision == "float32":
+        return model.float()
+    if precision == "bfloat16":
+        return model.bfloat16()
+    if precision == "float16":
+        return model.half()
     for parameter in model.parameters():
         if parameter.dim() > 1:
             parameter.copy_(rounded(parameter, precision))
@@ -469,7 +474,7 @@ def generate(model: MoETransformer, prompts: list[list[int]], group_size: int, m
 
     A response ends with `eos_id` or is cut after `max_new_tokens`. No top-k or top-p: the trainer
     scores the distribution that was sampled. Temperature 0 takes the likeliest token, with its
-    log-prob at temperature 1. `uniform` (B, max_new_tokens), from 0 to 1, is all chance there is."""
+    log-prob at temperature 1. `uniform` (B, max_new_tokens), from 0 to 1, is all its chance."""
     check_request(model.config, prompts, group_size, max_new_tokens, temperature)
     device = model.embed.weight.device
     eos_id = -1 if eos_id is None else eos_id       # no token has the id -1

@@ -1161,6 +1161,8 @@ def test_a_copy_in_another_precision_leaves_the_model_alone(precision):
     before = [p.clone() for p in model.parameters()]
     copy = moe.in_precision(model, precision)
     assert all(torch.equal(p, q) for p, q in zip(before, model.parameters()))
+    assert copy.freqs_cis.dtype == torch.complex64          # positions stay exact
+    assert torch.equal(copy.freqs_cis, model.freqs_cis)
     same = [torch.equal(p, q.float()) for p, q in zip(before, copy.parameters()) if p.dim() > 1]
     assert all(same) == (precision == "float32")
     assert any(same) == (precision == "float32")

@@ -18,6 +18,7 @@ the success rate of each kind of problem and the number of the step to go on exa
 had happened (on a CPU, with as many threads).
 """
 import ast
+import atexit
 import contextlib
 import copy
 import dataclasses
@@ -29,6 +30,8 @@ import json
 import math
 import os
 import random
+import re
+import shutil
 import signal
 import sys
 import tempfile
@@ -98,7 +101,7 @@ class RLOptions:
     max_new_tokens: int = option(64, "a response without an end by then is worth 0", 1, 1000)
     max_grad_norm: float = option(1.0, "longer gradients are shortened to this; in the cold start "
                                   "too", 1e-6)
-    dtype: str = option("float32", "of the trainer's matrix products (torch.autocast)",
+    dtype: str = option("float32", "of the matrix products in RL (torch.autocast)",
                         choices=("float32", "bfloat16", "float16"))
     epochs: int = option(1, "passes over a rollout, as in PPO; more make its updates staler", 1,
                          100)
@@ -244,7 +247,8 @@ def cold_start(run: Run, fresh: bool) -> float:
     config = run.config
     model = run.model
     path = Path("out") / f"cold-{cold_start_key(run)}.pt"
-    if path.exists() and not fresh:
+    exists = all(gspo.gather([path.exists()], torch.device("cpu")))     # all processes do the same
+    if exists and not fresh:
         kept = load(path, "--fresh makes it again")
         model.load_state_dict(kept["model"])
         print(f"1 cold start: taken from {path} (--fresh makes it again)")
@@ -372,7 +376,7 @@ class Learner(NamedTuple):
     head: nn.Module | None                      # ppo: the critic's
     scaler: torch.amp.GradScaler                # of the loss, in float16
     reference: moe.MoETransformer | None        # with --kl_coef: the model after the cold start
-    old_weights: list[dict]                     # with --lag: of its rollouts; else of the last one
+    old_weights: list[dict]                     # with --lag: those of the last rollouts
 
 
 def new_learner(run: Run, state: dict) -> Learner:
@@ -426,10 +430,11 @@ def sampling_model(run: Run, learner: Learner) -> moe.MoETransformer:
     config = run.config
     if config.sampler == "same" and config.lag == 0:
         return run.model
-    learner.old_weights.append(copy.deepcopy(run.model.state_dict()))
-    del learner.old_weights[:-1 - config.lag]
     model = copy.deepcopy(run.model)
-    model.load_state_dict(learner.old_weights[0])
+    if config.lag:
+        learner.old_weights.append(copy.deepcopy(run.model.state_dict()))
+        del learner.old_weights[:-1 - config.lag]
+        model.load_state_dict(learner.old_weights[0])
     return model if config.sampler == "same" else moe.in_precision(model, config.sampler)
 
 
@@ -507,7 +512,8 @@ def rl_step(run: Run, learner: Learner, queries: Queries,
     row = report.response_metrics(samples.all_responses) | report.means(updates) | metrics
     # How far the sampler was from the trainer shows in the first mini-batch, where the trainer has
     # not moved yet, or in a pass before it.
-    differs = run.config.sampler != "same" or run.config.lag > 0
+    config = run.config
+    differs = config.sampler != "same" or config.lag > 0 or config.dtype != "float32"
     for name in report.MISMATCH_COLUMNS:
         row[name] = (updates[0] | metrics)[name] if updates and differs else None
     row["step"] = step
@@ -580,7 +586,8 @@ def catch_interrupt() -> list:
 
     def handle(number, frame):
         interrupted.append(number)
-        stop_catching()
+        if gspo.team()[1] == 1:         # torchrun may pass on what a process has had already
+            stop_catching()
     signal.signal(signal.SIGINT, handle)
     signal.signal(signal.SIGTERM, handle)
     return interrupted
@@ -613,7 +620,7 @@ def lock(folder: Path) -> ContextManager:
     file = open(folder / "lock", "w")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         fail(f"another run is using {folder}; name another folder with --out")
     return file
 
@@ -653,13 +660,17 @@ def last_run() -> Path:
     return runs[-1].parent
 
 
+def is_ours(path: Path) -> bool:
+    """True for a file that a run writes, or a part of one that a killed run has left."""
+    return re.sub(r"\.\d+\.part$", "", path.name) in RUN_FILES
+
+
 def is_free(folder: Path) -> bool:
     """True if a new run may use the folder: it does not exist, or has only files of a run that was
     killed before its first checkpoint."""
     if not folder.exists():
         return True
-    names = {path.name for path in folder.iterdir() if path.suffix != ".part"}
-    return names <= RUN_FILES and not (folder / "checkpoint.pt").exists()
+    return all(map(is_ours, folder.iterdir())) and not (folder / "checkpoint.pt").exists()
 
 
 # ---------------------------------------------------------------------------- the whole job
@@ -668,7 +679,7 @@ def begin(run: Run, fresh: bool) -> dict:
     """Stages 1 and 2 -> the state of a new run: what a checkpoint holds, but for the model, the
     optimizer and the critic's head, which save_checkpoint adds."""
     for path in run.folder.iterdir():   # of a run that was killed before its first checkpoint
-        if path.name != "lock":
+        if is_ours(path) and path.name != "lock":
             path.unlink()
     seconds = cold_start(run, fresh)
     began = time.time()
@@ -816,8 +827,6 @@ def parse(argv: list[str] | None) -> tuple[Config, object, dict, dict | None]:
 def build(config: Config, task, state: dict | None = None) -> Run:
     """The tokenizer and the model, with the weights of `state` if there is one."""
     torch.set_num_threads(config.threads)
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))     # torchrun: a GPU for each
     torch.manual_seed(config.seed)
     devices = ["cpu"]
     if torch.backends.mps.is_available():
@@ -828,6 +837,8 @@ def build(config: Config, task, state: dict | None = None) -> Run:
     if device not in devices:
         raise ValueError(f"argument --device: there is no {device} here; choose from "
                          f"{', '.join(devices)}")
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))     # torchrun: a GPU for each
     tokenizer = Tokenizer(tasks.vocabulary(config.task))
     demonstrations.check(task, tokenizer, MAX_PROMPT, config.max_new_tokens)
     for name in tasks.measure(task, task.sample(random.Random(0)), "", True):
@@ -838,25 +849,33 @@ def build(config: Config, task, state: dict | None = None) -> Run:
     model = moe.MoETransformer(moe.MoEConfig(
         len(tokenizer.tokens), max_length=MAX_PROMPT + config.max_new_tokens, **sizes)).to(device)
     if state:
-        model.load_state_dict(state["model"])
+        try:
+            model.load_state_dict(state["model"])
+        except RuntimeError:
+            raise ValueError(f"the model in {config.out} has other sizes than its options say; "
+                             "name another run with --out") from None
     return Run(config, task, tokenizer, model, Path(config.out or ""))
 
 
 def join_team(run: Run) -> Run:
-    """Under torchrun, meet the other processes. Only process 0 prints and leaves files: the others
-    do so too, where nobody looks. ValueError for more processes than groups."""
+    """Under torchrun, meet the other processes. Process 0 prints and leaves files; the others do
+    all that it does, but print nothing and write to a temporary folder. ValueError for too many."""
     n_processes = int(os.environ.get("WORLD_SIZE", 1))
     if n_processes == 1:
         return run
-    if n_processes > run.config.prompts:
-        raise ValueError(f"{n_processes} processes, but --prompts {run.config.prompts}: each needs "
-                         "a group")
+    n_groups = min(run.config.prompts, len(tasks.held_out_problems(run.task)))
+    if n_processes > n_groups:
+        raise ValueError(f"{n_processes} processes are too many for {n_groups} groups; raise "
+                         "--prompts")
     on_gpu = run.model.embed.weight.device.type == "cuda"
     dist.init_process_group("nccl" if on_gpu else "gloo")
     if dist.get_rank() == 0:
         return run
     sys.stdout = open(os.devnull, "w")
-    return run._replace(folder=Path(tempfile.mkdtemp()))
+    sys.stderr = sys.stdout
+    folder = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return run._replace(folder=Path(folder))
 
 
 def main(argv: list[str] | None = None):
@@ -881,15 +900,15 @@ def main(argv: list[str] | None = None):
         print("stopped at once; --resume goes on from the last checkpoint, if this run has one yet")
         sys.exit(130)
     except RuntimeError as error:
-        if not dist.is_initialized():
+        if not (dist.is_initialized() and "onnection" in str(error)):
             raise
         sys.exit(f"train.py: another process is gone ({str(error).splitlines()[0]}); --resume goes "
                  "on from the last checkpoint, if this run has one yet")
     except OSError as error:                # a full disk, a folder that is gone
         if isinstance(error, BrokenPipeError):
             raise
-        sys.exit(f"train.py: {error}; the last checkpoint, if this run has one yet, is whole: make "
-                 "room and --resume")
+        sys.exit(f"train.py: {error}; once that is mended, --resume goes on from the last "
+                 "checkpoint, if this run has one yet")
 
 
 if __name__ == "__main__":

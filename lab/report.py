@@ -135,9 +135,8 @@ def table_writer(path, columns, step):
     """A CSV file, open for more rows. A resumed run keeps the rows up to its checkpoint's step."""
     rows = []
     if path.exists() and step > 0:
-        # A line that was cut when the power failed lacks values.
-        whole = [row for row in read_table(path) if None not in row.values()]
-        rows = [row for row in whole if int(row["step"]) <= step]
+        lines, _, _ = path.read_text().rpartition("\n")     # the last line may have been cut
+        rows = [row for row in csv.DictReader(lines.splitlines()) if int(row["step"]) <= step]
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, columns, extrasaction="ignore")
     writer.writeheader()

@@ -150,8 +150,8 @@ def one_line(message):
 
 
 def test_a_disk_that_is_full_when_a_checkpoint_is_saved_costs_no_checkpoint(train, monkeypatch):
-    assert train(*SHORT, "4", "--out", "whole") == 0
-    assert train(*SHORT, "2", "--out", "run") == 0
+    assert train(*SHORT, "4", "--eval_every", "2", "--out", "whole") == 0
+    assert train(*SHORT, "2", "--eval_every", "2", "--out", "run") == 0
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", no_room)
         message = train("--resume", "--out", "run", "--steps", "4")
@@ -296,10 +296,12 @@ def test_every_algorithm_and_every_way_of_routing_trains(options):
         row, updates = train_py.rl_step(run, learner, queries_of(run), step)
         assert 0 < row["grad_norm"] < 1000
         first = updates[0]
-        # In the first mini-batch all ratios are 1, unless the sampler computed otherwise.
+        # In the first mini-batch all ratios are 1, unless the sampler computed otherwise. The
+        # rounding of autocast depends a little on what else is in the batch.
         coarse = options in [{"sampler": precision} for precision in PRECISIONS[1:]]
         coarse |= step == 2 and "lag" in options
-        assert first["mini_batch"] > 0 or (first["log_w_std"] > 1e-5) == coarse
+        rounding = 1e-2 if "dtype" in options else 1e-5
+        assert first["mini_batch"] > 0 or (first["log_w_std"] > rounding) == coarse
     assert all((p != q).any() for p, q in zip(before, run.model.parameters()))
     assert (row["expert_change"] == 0) == ("routing_replay" in options)
     assert learner.head is None or (learner.head.weight != 0).any()
@@ -483,7 +485,7 @@ def test_the_page_of_an_update_fits_the_terminal_and_changes_nothing(
 def test_the_curves_have_a_line_for_the_kinds_that_end_alike():
     rows = [("0", "+1", "0.5"), ("0", "-1", "0.7"), ("0", "+2", "0.1"),
             ("9", "+1", "0.9"), ("9", "-1", "1.0"), ("9", "+2", "0.3")]
-    table = [dict(zip(train_py.EVALUATION_COLUMNS, row)) for row in rows]
+    table = [dict(zip(report.EVALUATION_COLUMNS, row)) for row in rows]
     lines = report.kind_lines(table)
     assert list(lines) == ["+1 -1", "+2"]
     assert lines["+1 -1"] == [(0, pytest.approx(0.6)), (9, pytest.approx(0.95))]

@@ -1,4 +1,4 @@
-"""Many processes: the same numbers as one process. Two processes on this machine, by gloo."""
+"""Many processes: the update of one process. Two processes on this machine, by gloo."""
 import json
 import os
 import signal
@@ -61,7 +61,8 @@ def test_two_processes_make_the_update_of_one(tmp_path, options):
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
     assert len(metrics_of_one) == len(metrics_of_two) > 1
     for x, y in zip(metrics_of_one, metrics_of_two):
-        assert y == pytest.approx(x, rel=1e-3, abs=1e-5)
+        for name in x:
+            assert y[name] == pytest.approx(x[name], rel=1e-3, abs=1e-5), name
 
 
 def torchrun(folder, *arguments, **options):
