@@ -247,8 +247,7 @@ def cold_start(run: Run, fresh: bool) -> float:
     config = run.config
     model = run.model
     path = Path("out") / f"cold-{cold_start_key(run)}.pt"
-    exists = all(gspo.gather([path.exists()], torch.device("cpu")))     # all processes do the same
-    if exists and not fresh:
+    if not fresh and all(gspo.gather([path.exists()], torch.device("cpu"))):    # for all processes
         kept = load(path, "--fresh makes it again")
         model.load_state_dict(kept["model"])
         print(f"1 cold start: taken from {path} (--fresh makes it again)")
