@@ -142,7 +142,7 @@ class Task:
     # Other defaults for train.py. Tokens: room for nine trials, more than the teacher makes.
     # Learning rate: a search is learned slowly, so twice that of arithmetic; but at 1e-3 the model
     # called more misses hits, and at 2e-3 it unlearned everything.
-    defaults: ClassVar[dict] = {"max_new_tokens": 128, "lr": 6e-4, "steps": 300, "eval_every": 50}
+    defaults: ClassVar[dict] = {"max_new_tokens": 128, "lr": 6e-4, "steps": 400, "eval_every": 50}
 
     def random_problem(self, rng: random.Random, held_out: bool) -> Problem:
         """A target that a random trial has reached, on the wanted side of the split."""
