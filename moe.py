@@ -183,7 +183,9 @@ class Experts(nn.Module):
         """x (N, D) -> y (N, D), routes (N, K), router_logits (N, E).
 
         `routes` that you pass in are activated in place of the router's own choice (replay)."""
-        router_logits = at_least_fp32(self.router(x))                   # (N, E)
+        # Not under autocast: rounded logits are often equal, and then other experts win.
+        with torch.autocast(x.device.type, enabled=False):
+            router_logits = at_least_fp32(self.router(x))               # (N, E)
         if routes is None:
             routes = router_logits.topk(self.n_active).indices          # (N, K)
         # Softmax over all experts, divided by the sum of the active ones, is softmax over the

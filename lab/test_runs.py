@@ -300,7 +300,7 @@ def test_every_algorithm_and_every_way_of_routing_trains(options):
         # rounding of autocast depends a little on what else is in the batch.
         coarse = options in [{"sampler": precision} for precision in PRECISIONS[1:]]
         coarse |= step == 2 and "lag" in options
-        rounding = 1e-2 if "dtype" in options else 1e-5
+        rounding = 2e-2 if "dtype" in options else 1e-5
         assert first["mini_batch"] > 0 or (first["log_w_std"] > rounding) == coarse
     assert all((p != q).any() for p, q in zip(before, run.model.parameters()))
     assert (row["expert_change"] == 0) == ("routing_replay" in options)
