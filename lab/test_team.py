@@ -18,7 +18,11 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
 SHORT = ["--cold_steps", "30", "--cold_tokens", "400", "--prompts", "5", "--group_size", "4",
          "--max_digits", "1", "--threads", "1"]
 
-# Three updates of a model on a rollout that all processes make alike, then its parameters.
+OPTIONS = [
+    {}, {"algorithm": "grpo", "mini_batches": 5}, {"algorithm": "dapo", "micro_tokens": 20},
+    {"routing_replay": "r3", "mini_batches": 2}, {"recompute_logp_old": True, "epochs": 2}]
+# For each of these options: an update of a model on a rollout that all processes make alike; then
+# its parameters and the metrics.
 UPDATE = """
 import json
 import sys
@@ -28,41 +32,42 @@ import gspo
 import moe
 if "torchrun" in sys.argv:
     dist.init_process_group("gloo")
-torch.manual_seed(0)
 torch.set_num_threads(1)
-model = moe.MoETransformer(moe.MoEConfig(12, max_length=16, n_layer=2, d_model=16, n_expert=4,
-                                         d_expert=8))
-uniform = torch.rand(15, 6)
-rollout = moe.generate(model, [[2, 5], [3], [7, 8, 9], [4], [6, 2]], 3, 6, 1.0, 1, 0, uniform)
-rewards = torch.tensor([[1.0, 0, 0], [0, 1, 1], [0, 0, 0], [1, 0, 1], [1, 1, 0]])
-settings = gspo.Settings(**json.loads(sys.argv[2]))
-optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-experience, _ = gspo.prepare(model, rollout, rewards, settings)
-metrics = gspo.update(model, optimizer, experience, settings)
+results = []
+for options in json.loads(sys.argv[2]):
+    torch.manual_seed(0)
+    model = moe.MoETransformer(moe.MoEConfig(12, max_length=16, n_layer=2, d_model=16, n_expert=4,
+                                             d_expert=8))
+    uniform = torch.rand(15, 6)
+    rollout = moe.generate(model, [[2, 5], [3], [7, 8, 9], [4], [6, 2]], 3, 6, 1.0, 1, 0, uniform)
+    rewards = torch.tensor([[1.0, 0, 0], [0, 1, 1], [0, 0, 0], [1, 0, 1], [1, 1, 0]])
+    settings = gspo.Settings(**options)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    experience, _ = gspo.prepare(model, rollout, rewards, settings)
+    metrics = gspo.update(model, optimizer, experience, settings)
+    results.append([[p.detach() for p in model.parameters()], metrics])
 if gspo.team()[0] == 0:
-    torch.save([[p.detach() for p in model.parameters()], metrics], sys.argv[1])
+    torch.save(results, sys.argv[1])
 """
 
 
-@pytest.mark.parametrize("options", [
-    {}, {"algorithm": "grpo", "mini_batches": 5}, {"algorithm": "dapo", "micro_tokens": 20},
-    {"routing_replay": "r3", "mini_batches": 2}, {"recompute_logp_old": True, "epochs": 2},
-], ids=str)
-def test_two_processes_make_the_update_of_one(tmp_path, options):
+def test_two_processes_make_the_update_of_one(tmp_path):
     script = tmp_path / "update.py"
     script.write_text(UPDATE)
     environment = os.environ | {"PYTHONPATH": str(HOUSE), "OMP_NUM_THREADS": "1"}
     for command, name, more in (([sys.executable], "one", []), (TORCHRUN, "two", ["torchrun"])):
-        subprocess.run([*command, str(script), str(tmp_path / name), json.dumps(options), *more],
+        subprocess.run([*command, str(script), str(tmp_path / name), json.dumps(OPTIONS), *more],
                        env=environment, check=True, capture_output=True, timeout=120)
-    one, metrics_of_one = torch.load(tmp_path / "one", weights_only=True)
-    two, metrics_of_two = torch.load(tmp_path / "two", weights_only=True)
-    for p, q in zip(one, two):
-        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
-    assert len(metrics_of_one) == len(metrics_of_two) > 1
-    for x, y in zip(metrics_of_one, metrics_of_two):
-        for name in x:
-            assert y[name] == pytest.approx(x[name], rel=1e-3, abs=1e-5), name
+    of_one = torch.load(tmp_path / "one", weights_only=True)
+    of_two = torch.load(tmp_path / "two", weights_only=True)
+    assert len(of_one) == len(of_two) == len(OPTIONS)
+    for (one, metrics_of_one), (two, metrics_of_two) in zip(of_one, of_two):
+        for p, q in zip(one, two):
+            torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+        assert len(metrics_of_one) == len(metrics_of_two) > 1
+        for x, y in zip(metrics_of_one, metrics_of_two):
+            for name in x:
+                assert y[name] == pytest.approx(x[name], rel=1e-3, abs=1e-5), name
 
 
 def torchrun(folder, *arguments, **options):
