@@ -45,6 +45,9 @@ SETTINGS = {
         ["--clip_low", "3e-4", "--clip_high", "4e-4", *SHORT], range(5)),
     "GRPO": (["--algorithm", "grpo", *SHORT], range(5)),
     "countdown": (["--task", "countdown"], range(5)),
+    "sampler bfloat16": (["--sampler", "bfloat16"], range(3)),
+    "sampler int8": (["--sampler", "int8"], range(3)),
+    "dtype bfloat16": (["--dtype", "bfloat16"], range(3)),
     "objective reinforce, on-policy": (["--algorithm", "reinforce", "--mini_batches", "1"], [0]),
     "objective dapo, dynamic sampling, overlong": (
         ["--algorithm", "dapo", "--dynamic_sampling", "--overlong", "16", *SHORT], [0]),
@@ -67,7 +70,7 @@ for name in ("gspo", "grpo"):
 RESULTS = Path(__file__).parent.parent / "results"
 TABLE = RESULTS / "runs.csv"
 EVALUATIONS = RESULTS / "evaluations.csv"
-MEANS = ["reward", "clip_low", "clip_high", "log_s_std", "log_w_std", "outliers", "kl",
+MEANS = ["mismatch_mean", "mismatch_max", "mismatch_kl", "mismatch_experts", "reward", "clip_low", "clip_high", "log_s_std", "log_w_std", "outliers", "kl",
          "expert_change", "seconds", "seconds_rescoring"]
 
 
