@@ -44,7 +44,8 @@ SETTINGS = {
     "GSPO, the paper's clip range": (
         ["--clip_low", "3e-4", "--clip_high", "4e-4", *SHORT], range(5)),
     "GRPO": (["--algorithm", "grpo", *SHORT], range(5)),
-    "countdown": (["--task", "countdown"], range(5)),
+    "countdown, 300 steps": (["--task", "countdown", "--steps", "300"], range(5)),
+    "countdown, 400 steps": (["--task", "countdown", "--steps", "400"], range(5)),
     "sampler bfloat16": (["--sampler", "bfloat16"], range(3)),
     "sampler int8": (["--sampler", "int8"], range(3)),
     "dtype bfloat16": (["--dtype", "bfloat16"], range(3)),
@@ -70,8 +71,9 @@ for name in ("gspo", "grpo"):
 RESULTS = Path(__file__).parent.parent / "results"
 TABLE = RESULTS / "runs.csv"
 EVALUATIONS = RESULTS / "evaluations.csv"
-MEANS = ["mismatch_mean", "mismatch_max", "mismatch_kl", "mismatch_experts", "reward", "clip_low", "clip_high", "log_s_std", "log_w_std", "outliers", "kl",
-         "expert_change", "seconds", "seconds_rescoring"]
+MEANS = ["reward", "clip_low", "clip_high", "log_s_std", "log_w_std", "outliers", "kl",
+         "expert_change", "mismatch_mean", "mismatch_max", "mismatch_kl", "mismatch_experts",
+         "seconds", "seconds_rescoring"]
 
 
 def shell(*command):
