@@ -277,14 +277,14 @@ def update(model: MoETransformer, optimizer: torch.optim.Optimizer, experience: 
     """One optimiser step for each mini-batch of whole groups, in each epoch -> a dict of metrics
     for each step.
 
-    With `first`, only the first so many steps. One in which every A is 0 has no step, unless
-    a KL term or a critic has something to learn. The optimizer must know the parameters of the
-    critic's head too. FloatingPointError, before the step, if the loss or the gradient is not
-    finite.
+    With `first`, only the first so many mini-batches of all epochs. A mini-batch in which every A
+    is 0 has no step, unless a KL term or a critic has something to learn. The optimizer must know
+    the parameters of the critic's head too. FloatingPointError, before the step, if the loss or the
+    gradient is not finite.
 
     In float16, whose smallest number is 6e-8, gradients would vanish. So the `scaler` multiplies
-    the loss by a large number, and divides the gradients by it before they are clipped. If that was
-    too much for a gradient, the step is skipped, and the next ones get a smaller number."""
+    the loss by a large number, and divides the gradients by it before they are clipped. If a
+    gradient overflows, the step is skipped, and the next ones get a smaller number."""
     scaler = scaler or torch.amp.GradScaler(enabled=False)                 # does nothing
     scaler.scale(torch.zeros(1, device=experience.advantages.device))      # lets it start
     parameters = list(itertools.chain(*(group["params"] for group in optimizer.param_groups)))
@@ -674,14 +674,19 @@ def ratio_metrics(logp: Tensor, logp_old: Tensor, advantages: Tensor, clipped: T
     }
 
 
+def expert_change(old: Tensor, new: Tensor) -> Tensor:
+    """Active experts (L, N, K), before and after, as sets -> the share that changed (L,)."""
+    stayed = (old[..., :, None] == new[..., None, :]).any(dim=-1)          # (L, N, K)
+    return 1 - stayed.float().mean(dim=(1, 2))
+
+
 def routing_metrics(old: Tensor, new: Tensor, router_logits: Tensor) -> dict[str, list[float]]:
     """What the router of each layer does: the experts on record and those of this pass, (L, N, K)
     each, compared as sets, and its logits now (L, N, E) -> L floats for each metric."""
-    stayed = (old[..., :, None] == new[..., None, :]).any(dim=-1)          # (L, N, K)
     pairs = one_hot(new.long(), router_logits.shape[-1]).sum(dim=(1, 2)).float()       # (L, E)
     probs = router_logits.softmax(dim=-1)                                  # (L, N, E)
     return {
-        "expert_change": (1 - stayed.float().mean(dim=(1, 2))).tolist(),
+        "expert_change": expert_change(old, new).tolist(),
         "expert_load": (pairs.amax(dim=1) / pairs.mean(dim=1)).tolist(),
         "router_entropy": torch.special.entr(probs).sum(dim=-1).mean(dim=1).tolist(),
     }
@@ -694,13 +699,12 @@ def mismatch_metrics(rollout: Rollout, logp: Tensor, routes: Tensor) -> dict[str
     log_w = (logp.detach() - rollout.logp)[mask]                           # (N,)
     old = rollout.predicting(rollout.routes)[:, mask]                      # (L, N, K)
     new = rollout.predicting(routes)[:, mask]                              # (L, N, K)
-    stayed = (old[..., :, None] == new[..., None, :]).any(dim=-1)          # (L, N, K)
     return {
         "mismatch_mean": log_w.abs().mean().item(),
         "mismatch_max": log_w.abs().max().item(),
         # KL(sampler || trainer) per token, estimated as `kl` is.
         "mismatch_kl": (log_w.expm1() - log_w).mean().item(),
-        "mismatch_experts": 1 - stayed.float().mean().item(),
+        "mismatch_experts": expert_change(old, new).mean().item(),
     }
 
 

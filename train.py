@@ -498,7 +498,7 @@ def rl_step(run: Run, learner: Learner, queries: Queries,
     experience, metrics = gspo.prepare(
         run.model, samples.rollout, samples.rewards.to(samples.rollout.logp.device), settings,
         learner.reference, learner.head)
-    # Ratio, clip and optimiser step: `mini_batches` times, each with its own groups.
+    # Ratio, clip and optimiser step: `mini_batches` times in each epoch, each with its own groups.
     updates = gspo.update(run.model, learner.optimizer, experience, settings,
                           scaler=learner.scaler)
 
@@ -604,14 +604,16 @@ RUN_FILES = {"config.json", "metrics.csv", "updates.csv", "evaluations.csv", "sa
 
 
 def save(path: Path, content: dict):
+    """Tensors and plain data, atomically; see report.write."""
     buffer = io.BytesIO()           # torch.save into a full disk would leave half a file
     torch.save(content, buffer)
     report.write(path, buffer.getvalue())
 
 
 def lock(folder: Path) -> ContextManager:
-    """With this, the folder is ours; a process that is killed lets go of it. One line and exit code
-    2 if another run has it. (Windows has no flock: there nothing is locked.)"""
+    """Use it as `with lock(folder):`, which keeps other runs out. A process that is killed lets go
+    of the folder. One line and exit code 2 if another run has it. (Windows has no flock: there
+    nothing is locked.)"""
     try:
         import fcntl
     except ImportError:

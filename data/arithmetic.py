@@ -192,6 +192,7 @@ class Task:
         return float(answer == problem.answer and not nested)
 
     def thinks(self, response: str) -> bool:
+        """True if it works the answer out, or begins to."""
         return response.startswith("<think>")
 
 

@@ -58,7 +58,6 @@ def calculate(op: str, a: int, b: int) -> int | None:
     return a // b if a % b == 0 else None
 
 
-@lru_cache(maxsize=100_000)
 def possible_steps(numbers: Numbers) -> tuple[tuple[str, Numbers], ...]:
     """The steps that the teacher may make: what it writes, and the numbers that it then has. It
     writes the larger number first."""
@@ -75,7 +74,7 @@ def possible_steps(numbers: Numbers) -> tuple[tuple[str, Numbers], ...]:
     return tuple(found)
 
 
-@lru_cache(maxsize=100_000)
+@lru_cache(maxsize=100_000)         # it is asked for each response to the same problem
 def hit_chance(numbers: Numbers, target: int) -> float:
     """How often a random trial hits."""
     if len(numbers) == 1:

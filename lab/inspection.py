@@ -117,10 +117,10 @@ def page(tokens, change, largest, ranges):
 def summary(n, change, ranges):
     old = torch.tensor(change.old_routes)
     new = torch.tensor(change.new_routes)
-    stayed = (old[..., :, None] == new[..., None, :]).any(dim=-1).float().mean().item()
+    changed = gspo.expert_change(old, new).mean().item()
     w = change.log_w.exp()
     low, high = ranges["gspo"]
-    yield (f"  {1 - stayed:.1%} of the active experts changed. GRPO's ratios go from "
+    yield (f"  {changed:.1%} of the active experts changed. GRPO's ratios go from "
            f"{w.min():.4f} to {w.max():.4f}, {change.clipped_by_grpo.sum()} of {n} are clipped;")
     yield (f"  GSPO's is {change.s:.4f}, clipped below {1 - low:g} if A < 0, above {1 + high:g} if "
            "A > 0.")

@@ -30,7 +30,8 @@ def all_trials(numbers):
         return {"": numbers[0]}
     found = {}
     for i, j in itertools.permutations(range(len(numbers)), 2):
-        a, b = numbers[i], numbers[j]
+        a = numbers[i]
+        b = numbers[j]
         rest = [number for k, number in enumerate(numbers) if k != i and k != j]
         results = [("+", a + b), ("*", a * b)]
         if a - b > 0:

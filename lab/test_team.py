@@ -105,4 +105,6 @@ def test_a_process_that_dies_ends_the_others_within_a_minute(tmp_path, number):
     output, _ = process.communicate(timeout=60)
     assert process.returncode != 0
     assert (tmp_path / "run/checkpoint.pt").exists()
-    assert output.count("train.py: another process is gone") <= 2
+    # A signal lets all of them finish the step. A process that is killed is missed by the other.
+    says = {signal.SIGINT: "stopped; to go on", signal.SIGKILL: "train.py: another process is gone"}
+    assert output.count(says[number]) == 1
