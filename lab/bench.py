@@ -3,6 +3,7 @@
     python -m lab.bench                     ours alone, some minutes
     python -m lab.bench --peers             beside transformers and TRL: pip install trl
     python -m lab.bench --peers --small     tiny sizes, to see that it runs
+    python -m lab.bench --device cuda       ours alone, on a GPU
 
 The model has 4 layers of width 128, 4 heads (2 for keys and values), 8 experts of width 256 (2
 active) and 272 tokens. Prompts have 12 tokens, and no response ends early. The sides of a
@@ -17,7 +18,7 @@ eager, prompts repeated or num_return_sequences, rows in a micro-batch. TRL make
 optimiser steps per rollout, "tuned", and "as it comes": gradient checkpointing, bf16 autocast, 8
 rows at a time, the router's auxiliary loss. It always scores a rollout again for its old log-probs.
 
-Not measured: GPUs, compiled models, inference engines such as vLLM, long responses, responses of
+Not measured: compiled models, inference engines such as vLLM, long responses, responses of
 different lengths, learning. The work is not quite the same: our sampler keeps log-probs and routes,
 our steps and TRL's compute metrics; transformers do neither. Peak memory is that of the process,
 with --peers theirs too.
@@ -78,6 +79,8 @@ class Side(NamedTuple):
 def seconds(run):
     began = time.perf_counter()
     run()
+    if torch.get_default_device().type == "cuda":
+        torch.cuda.synchronize()
     return time.perf_counter() - began
 
 
@@ -199,7 +202,8 @@ def new_optimizer(model):
 def prompts_for(n):
     """Prompts for n responses, without 0 and 1, which are padding and end to the peers."""
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(2, VOCABULARY, (n // GROUP, PROMPT), generator=generator).tolist()
+    shape = (n // GROUP, PROMPT)
+    return torch.randint(2, VOCABULARY, shape, generator=generator, device="cpu").tolist()
 
 
 def our_sampling(model, n, new=NEW):
@@ -402,6 +406,7 @@ def parse_options():
     parser.add_argument("--peers", action="store_true", help="also transformers and TRL")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (without --peers)")
     parser.add_argument("--small", action="store_true", help="tiny sizes, to see that it runs")
     return parser.parse_args()
 
@@ -417,6 +422,7 @@ def main():
         print(f"{name} is not installed: the bench leaves it out")
         peers.remove(name)
 
+    torch.set_default_device(options.device)
     bench = Bench(SMALL if options.small else FULL, options.threads, options.repeats)
     results = vars(options) | {
         "machine": machine().removesuffix(", 2 threads"),
@@ -438,6 +444,9 @@ def main():
         "ceiling_gflops": bench.ceiling_gflops, "best": bench.best, "rows": bench.rows,
         "peak_memory_mib": peak_memory_mib(), "copy_gbytes": copy_gbytes(),
     }
+    if options.device == "cuda":
+        results["gpu"] = torch.cuda.get_device_name()
+        results["peak_gpu_memory_mib"] = torch.cuda.max_memory_allocated() // 2 ** 20
     show(results)
 
 

@@ -174,13 +174,13 @@ def test_a_run_that_was_written_for_transformers_gives_the_same_answers(
         transformers, tmp_path, monkeypatch, capsys, task, prompts):
     monkeypatch.chdir(tmp_path)
     train.main(["--task", task, "--cold_steps", "60", "--cold_tokens", "800", "--steps", "1",
-                "--prompts", "4", "--threads", "1", "--out", "run"])
+                "--prompts", "4", "--threads", "1", "--device", "cpu", "--out", "run"])
     hf.to_folder("run", "saved")
     tokenizer = transformers.AutoTokenizer.from_pretrained("saved", local_files_only=True)
     model = transformers.AutoModelForCausalLM.from_pretrained("saved", local_files_only=True)
     for prompt in prompts:
         capsys.readouterr()
-        train.main(["--ask", prompt, "--out", "run"])
+        train.main(["--ask", prompt, "--device", "cpu", "--out", "run"])
         ours = capsys.readouterr().out.removesuffix("\n")
         ids = tokenizer(prompt, return_tensors="pt").input_ids
         text = tokenizer.decode(model.generate(ids, do_sample=False)[0])

@@ -24,7 +24,7 @@ from lab import report
 
 HOUSE = Path(__file__).parent.parent
 SHORT = ("--cold_steps", "30", "--cold_tokens", "400", "--prompts", "4", "--group_size", "4",
-         "--max_digits", "1", "--threads", "1", "--steps")
+         "--max_digits", "1", "--threads", "1", "--device", "cpu", "--steps")
 RUN_FILES = {"config.json", "metrics.csv", "updates.csv", "evaluations.csv", "summary.json",
              "samples.txt", "cold_start.pt", "checkpoint.pt", "curves.png", "lock"}
 

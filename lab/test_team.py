@@ -16,7 +16,7 @@ HOUSE = Path(__file__).parent.parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
             "--master_port=0", "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"]
 SHORT = ["--cold_steps", "30", "--cold_tokens", "400", "--prompts", "5", "--group_size", "4",
-         "--max_digits", "1", "--threads", "1"]
+         "--max_digits", "1", "--threads", "1", "--device", "cpu"]
 
 OPTIONS = [
     {}, {"algorithm": "grpo", "mini_batches": 5}, {"algorithm": "dapo", "micro_tokens": 20},
