@@ -676,8 +676,8 @@ def ratio_metrics(logp: Tensor, logp_old: Tensor, advantages: Tensor, clipped: T
 
 def expert_change(old: Tensor, new: Tensor) -> Tensor:
     """Active experts (L, N, K), before and after, as sets -> the share that changed (L,)."""
-    stayed = (old[..., :, None] == new[..., None, :]).any(dim=-1)          # (L, N, K)
-    return 1 - stayed.float().mean(dim=(1, 2))
+    changed = (old[..., :, None] != new[..., None, :]).all(dim=-1)         # (L, N, K)
+    return changed.float().mean(dim=(1, 2))
 
 
 def routing_metrics(old: Tensor, new: Tensor, router_logits: Tensor) -> dict[str, list[float]]:

@@ -56,13 +56,9 @@ RATES = ("1.5e-4", "3e-4", "6e-4")
 SEARCHED = {f"{name}, lr {lr}": f"{options} --lr {lr}"
             for lr in RATES for name, options in RANGES.items()}
 METHODS = {"gspo": GSPO, "grpo": GRPO, "grpo, r3": f"{GRPO} --routing_replay r3"}
-NOISE_METHODS = {
-    "gspo": GSPO,
-    "grpo": GRPO,
-    "grpo_dual_clip": "--algorithm grpo_dual_clip",
-    "gate_of_gspo": "--algorithm gate_of_gspo",
-    "gate_of_grpo": "--algorithm gate_of_grpo",
-}
+GATES = {name: f"--algorithm {name}" for name in ("gate_of_gspo", "gate_of_grpo")}
+BEST = {name: SEARCHED[name] for name in ("gspo, 3e-3, lr 1.5e-4", "grpo, 0.1, lr 1.5e-4")}
+NOISE_METHODS = {"gspo": GSPO, "grpo": GRPO, "grpo_dual_clip": "--algorithm grpo_dual_clip"} | GATES
 SIGMAS = ("0", "1", "2", "4")
 # REINFORCE reads no stored log-prob: noise changes nothing.
 NOISE = {"reinforce, noise 0": "--noise 0 --algorithm reinforce --scale std"}
@@ -74,10 +70,13 @@ EXPERIMENTS = {
         "Countdown, 16 mini-batches for 2 epochs: learning rates and clip ranges, on a seed that no "
         "verdict uses", f"{COUNTDOWN} --steps 80 --eval_every 20 {STALE}", SEARCHED, [5]),
     "stale": Experiment(
-        "Countdown, 16 mini-batches for 2 epochs", f"{COUNTDOWN} {HUNDRED} {STALE}", METHODS,
-        range(5)),
+        "Countdown, 16 mini-batches for 2 epochs, all at the task's learning rate, 6e-4",
+        f"{COUNTDOWN} {HUNDRED} {STALE}", METHODS | GATES, range(5)),
     "fresh": Experiment(
         "Countdown as it comes, 4 mini-batches", f"{COUNTDOWN} {HUNDRED}", METHODS, range(5)),
+    "stale, searched": Experiment(
+        "Countdown, 16 mini-batches for 2 epochs, each with the best learning rate and clip range "
+        "of the search", f"{COUNTDOWN} {HUNDRED} {STALE}", BEST, range(5)),
     "noise": Experiment(
         "arithmetic, with noise of mean one on the ratios", ARITHMETIC, NOISE, range(5)),
 }
@@ -87,7 +86,7 @@ def command(name, arm, seed):
     """What to give to python."""
     experiment = EXPERIMENTS[name]
     arguments = f"{experiment.options} {experiment.arms[arm]} --threads 1 --seed {seed}".split()
-    instruments = "noise" in arm
+    instruments = "noise" in arm or arm in GATES
     return ["-m", "lab.instruments", *arguments] if instruments else ["train.py", *arguments]
 
 
@@ -212,13 +211,112 @@ def print_tables():
             print(f"| {arm} | {each} |", " | ".join(cells), f"| {collapsed} of {len(of_arm)} |")
 
 
+# ---------------------------------------------------------------------------- drawing
+
+# Colour and line of each method: they differ in grey too.
+STYLES = {
+    "gspo": ("#1f5fa8", "-", "o"), "grpo": ("#d9822b", "--", "s"),
+    "grpo, r3": ("#7d4f9e", ":", "^"), "gate_of_gspo": ("#2a9d8f", "-.", "v"),
+    "gate_of_grpo": ("#b23a48", (0, (5, 1)), "D"), "grpo_dual_clip": ("#6b705c", (0, (1, 1)), "P"),
+}
+
+
+def style(arm):
+    """Keywords for axis.plot, by the longest name of a method that the arm begins with."""
+    name = max((name for name in STYLES if arm.startswith(name)), key=len)
+    colour, line, marker = STYLES[name]
+    return {"color": colour, "linestyle": line, "marker": marker, "markersize": 4}
+
+
+def draw_curves(axis, name, arms):
+    """Held-out accuracy over the RL steps: a thin line for each seed, a thick one for the mean."""
+    for arm in arms:
+        of_seed = {}
+        for row in read(CURVES):
+            if row["experiment"] == name and row["arm"] == arm:
+                of_seed.setdefault(row["seed"], {})[int(row["step"])] = float(row["accuracy"])
+        if not of_seed:
+            continue
+        looks = style(arm)
+        for curve in of_seed.values():
+            axis.plot(list(curve), list(curve.values()), **looks | {"marker": ""}, alpha=0.35,
+                      linewidth=0.8)
+        steps = list(next(iter(of_seed.values())))
+        means = [statistics.fmean(curve[step] for curve in of_seed.values()) for step in steps]
+        axis.plot(steps, means, **looks, linewidth=2, label=f"{arm} ({len(of_seed)} seeds)")
+    axis.set_xlabel("RL step")
+    axis.set_ylim(0, 0.6)
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+
+
+def draw_search(axis, step=60):
+    """Held-out accuracy after so many steps over the learning rate, a line for each clip range."""
+    found = {row["arm"]: float(row["accuracy"]) for row in read(CURVES)
+             if row["experiment"] == "search, stale" and row["step"] == str(step)}
+    for i, arm in enumerate(RANGES):
+        values = [found[f"{arm}, lr {lr}"] for lr in RATES]
+        axis.plot([float(lr) for lr in RATES], values, **style(arm) | {"marker": "osvD"[i % 4]},
+                  label=arm)
+    axis.set_xscale("log")
+    axis.set_xticks([float(lr) for lr in RATES], RATES)
+    axis.minorticks_off()
+    axis.set_xlabel("learning rate")
+    axis.set_ylim(0, 0.6)
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=7, ncols=2)
+
+
+def draw_stale(plt):
+    """results/stale.png: fresh and stale updates on Countdown, and the search."""
+    figure, axes = plt.subplots(1, 3, figsize=(14, 4), layout="constrained")
+    draw_curves(axes[0], "fresh", METHODS)
+    axes[0].set_title("4 updates a rollout")
+    draw_curves(axes[1], "stale", METHODS)
+    axes[1].set_title("32 updates a rollout")
+    draw_search(axes[2])
+    axes[2].set_title("32 updates, after 60 steps (1 seed)")
+    axes[0].set_ylabel("held-out accuracy, Countdown")
+    figure.savefig(RESULTS / "stale.png", dpi=110)
+
+
+def draw_noise(plt):
+    """results/noise.png: accuracy over the spread of noise on the token ratios."""
+    figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
+    for name in NOISE_METHODS:
+        found = [list(endings("noise", f"{name}, noise {sigma}").values()) for sigma in SIGMAS]
+        for place, values in enumerate(found):
+            axis.plot([place] * len(values), values, **style(name) | {"linestyle": ""}, alpha=0.35)
+        axis.plot(range(len(SIGMAS)), [statistics.fmean(values) for values in found],
+                  **style(name), label=name)
+    values = list(endings("noise", "reinforce, noise 0").values())
+    axis.axhline(statistics.fmean(values), color="black", linewidth=0.8,
+                 label="reinforce: no ratio")
+    axis.set_xticks(range(len(SIGMAS)), SIGMAS)
+    axis.set_xlabel("spread of the noise on log w, each token for itself (sigma)")
+    axis.set_ylabel("held-out accuracy after 80 steps, arithmetic")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+    figure.savefig(RESULTS / "noise.png", dpi=110)
+
+
+def draw():
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    draw_stale(pyplot)
+    draw_noise(pyplot)
+
+
 def main(names):
-    unknown = set(names) - {*EXPERIMENTS, "all", "--table"}
+    unknown = set(names) - {*EXPERIMENTS, "all", "--table", "--draw"}
     if unknown:
         sys.exit(f"evidence: {', '.join(unknown)}: no such experiment; there are "
                  f"{', '.join(EXPERIMENTS)}")
     if "--table" in names:
         print_tables()
+    elif "--draw" in names:
+        draw()
     elif names:
         run_all(EXPERIMENTS if "all" in names else names)
     else:

@@ -49,6 +49,9 @@ SETTINGS = {
     "sampler bfloat16": (["--sampler", "bfloat16"], range(3)),
     "sampler int8": (["--sampler", "int8"], range(3)),
     "dtype bfloat16": (["--dtype", "bfloat16"], range(3)),
+    # What it costs to score a rollout again before the update.
+    "log-probs of the sampler": (["--steps", "60"], (1, 2)),
+    "log-probs recomputed": (["--steps", "60", "--recompute_logp_old"], (1, 2)),
     "objective reinforce, on-policy": (["--algorithm", "reinforce", "--mini_batches", "1"], [0]),
     "objective dapo, dynamic sampling, overlong": (
         ["--algorithm", "dapo", "--dynamic_sampling", "--overlong", "16", *SHORT], [0]),
