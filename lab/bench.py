@@ -1,4 +1,4 @@
-"""How fast sampling, an optimiser step and a whole RL step are, on a CPU and random weights.
+"""How fast sampling, an optimiser step and a whole RL step are, with random weights.
 
     python -m lab.bench                     ours alone, some minutes
     python -m lab.bench --peers             beside transformers and TRL: pip install trl
@@ -29,6 +29,7 @@ import json
 import logging
 import os
 import statistics
+import sys
 import tempfile
 import time
 import warnings
@@ -413,6 +414,8 @@ def parse_options():
 
 def main():
     options = parse_options()
+    if options.peers and options.device != "cpu":
+        sys.exit("bench: --peers measures on a CPU only; leave out --device")
     os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1")
     warnings.filterwarnings("ignore")           # the peers have many
     logging.disable(logging.WARNING)

@@ -1,15 +1,15 @@
 """When does GSPO pay? Experiments with several seeds, their rows and their figures.
 
-    python -m lab.evidence                 what there is, what is missing, and how long it may take
+    python -m lab.evidence                 how many runs of each experiment are missing
     python -m lab.evidence NAME ...        run what is missing of these experiments; `all`: of all
     python -m lab.evidence --draw          draw all figures, from the tables alone
-    python -m lab.evidence --table         print the tables of results/README.md
+    python -m lab.evidence --table         print the tables and the comparisons
 
-Two runs at a time, of one thread each. When a run ends, a row is added to results/evidence.csv, and
-its held-out accuracies to results/evidence-curves.csv. A run that was killed is begun anew. The
-arms of an experiment share one cold start for each seed and get the same problems (--queries
-uniform), so they can be compared in pairs. The last accuracy counts, not the best. A run has
-collapsed if it ends below the accuracy of its cold start.
+Two runs at a time, of one thread each. When a run ends, its held-out accuracies are added to
+results/evidence-curves.csv, and a row to results/evidence.csv. A run that was killed goes on, as
+with --resume. The arms of an experiment share one cold start for each seed and get the same
+problems (--queries uniform), so they can be compared in pairs. The last accuracy counts, not the
+best. A run has collapsed if it ends below the accuracy of its cold start.
 """
 import itertools
 import json
@@ -47,18 +47,23 @@ RANGES = {
     "gspo, 3e-3": GSPO,
     "gspo, 1e-2": f"{GSPO} --clip_low 1e-2 --clip_high 1.3e-2",
     "gspo, 3e-2": f"{GSPO} --clip_low 3e-2 --clip_high 4e-2",
+    "grpo, 0.05": f"{GRPO} --clip_low 0.05 --clip_high 0.065",
     "grpo, 0.1": f"{GRPO} --clip_low 0.1 --clip_high 0.13",
     "grpo, 0.2": GRPO,
     "grpo, 0.4": f"{GRPO} --clip_low 0.4 --clip_high 0.5",
     "grpo, no clip": f"{GRPO} --clip_low 1 --clip_high 100",
 }
-RATES = ("1.5e-4", "3e-4", "6e-4")
+RATES = ("7.5e-5", "1.5e-4", "3e-4", "6e-4")
+# At the lowest rate the widest ranges were left out: they had been the worst at the next two.
+WIDEST = ("gspo, 3e-2", "grpo, 0.4", "grpo, no clip")
 SEARCHED = {f"{name}, lr {lr}": f"{options} --lr {lr}"
-            for lr in RATES for name, options in RANGES.items()}
+            for lr in RATES for name, options in RANGES.items()
+            if lr != RATES[0] or name not in WIDEST}
 METHODS = {"gspo": GSPO, "grpo": GRPO, "grpo, r3": f"{GRPO} --routing_replay r3"}
-GATES = {name: f"--algorithm {name}" for name in ("gate_of_gspo", "gate_of_grpo")}
-BEST = {name: SEARCHED[name] for name in ("gspo, 3e-3, lr 1.5e-4", "grpo, 0.1, lr 1.5e-4")}
-NOISE_METHODS = {"gspo": GSPO, "grpo": GRPO, "grpo_dual_clip": "--algorithm grpo_dual_clip"} | GATES
+MIXED = {name: f"--algorithm {name}" for name in ("gspo_clip_grpo_weight", "grpo_clip_gspo_weight")}
+# The best cells of the search, by the mean of the held-out accuracies up to step 60.
+BEST = {name: SEARCHED[name] for name in ("gspo, 1e-3, lr 1.5e-4", "grpo, 0.1, lr 1.5e-4")}
+NOISE_METHODS = {"gspo": GSPO, "grpo": GRPO, "grpo_dual_clip": "--algorithm grpo_dual_clip"} | MIXED
 SIGMAS = ("0", "1", "2", "4")
 # REINFORCE reads no stored log-prob: noise changes nothing.
 NOISE = {"reinforce, noise 0": "--noise 0 --algorithm reinforce --scale std"}
@@ -66,15 +71,17 @@ NOISE |= {f"{name}, noise {sigma}": f"--noise {sigma} {options}"
           for sigma in SIGMAS for name, options in NOISE_METHODS.items()}
 
 EXPERIMENTS = {
-    "search, stale": Experiment(
-        "Countdown, 16 mini-batches for 2 epochs: learning rates and clip ranges, on a seed that no "
-        "verdict uses", f"{COUNTDOWN} --steps 80 --eval_every 20 {STALE}", SEARCHED, [5]),
+    "stale-search": Experiment(
+        "Countdown, 16 mini-batches for 2 epochs: learning rates and clip ranges, on a seed that "
+        "is used for nothing else",
+        f"{COUNTDOWN} --steps 80 --eval_every 20 {STALE}", SEARCHED, [5]),
     "stale": Experiment(
         "Countdown, 16 mini-batches for 2 epochs, all at the task's learning rate, 6e-4",
-        f"{COUNTDOWN} {HUNDRED} {STALE}", METHODS | GATES, range(5)),
+        f"{COUNTDOWN} {HUNDRED} {STALE}", METHODS | MIXED, range(5)),
     "fresh": Experiment(
-        "Countdown as it comes, 4 mini-batches", f"{COUNTDOWN} {HUNDRED}", METHODS, range(5)),
-    "stale, searched": Experiment(
+        "Countdown with the default of 4 mini-batches", f"{COUNTDOWN} {HUNDRED}", METHODS,
+        range(5)),
+    "stale-searched": Experiment(
         "Countdown, 16 mini-batches for 2 epochs, each with the best learning rate and clip range "
         "of the search", f"{COUNTDOWN} {HUNDRED} {STALE}", BEST, range(5)),
     "noise": Experiment(
@@ -86,21 +93,21 @@ def command(name, arm, seed):
     """What to give to python."""
     experiment = EXPERIMENTS[name]
     arguments = f"{experiment.options} {experiment.arms[arm]} --threads 1 --seed {seed}".split()
-    instruments = "noise" in arm or arm in GATES
+    instruments = "noise" in arm or arm in MIXED
     return ["-m", "lab.instruments", *arguments] if instruments else ["train.py", *arguments]
 
 
 def folder(name, arm, seed):
-    return Path("out/evidence") / "".join(c for c in f"{name} {arm} {seed}" if c not in ", ")
+    return Path("out/evidence") / f"{name} {arm} {seed}".replace(",", "").replace(" ", "-")
 
 
 def missing(name):
-    """(arm, seed) of all runs of an experiment that have no row yet. Neighbours have different
-    seeds: two runs at a time do not make the same cold start twice."""
-    done = {(row["experiment"], row["arm"], row["seed"]) for row in read(TABLE)}
+    """(arm, seed) of all runs of an experiment that have no row yet. With several seeds, neighbours
+    differ in them: two runs at a time do not make the same cold start twice."""
+    present = {(row["experiment"], row["arm"], row["seed"]) for row in read(TABLE)}
     experiment = EXPERIMENTS[name]
     return [(arm, seed) for arm, seed in itertools.product(experiment.arms, experiment.seeds)
-            if (name, arm, str(seed)) not in done]
+            if (name, arm, str(seed)) not in present]
 
 
 # ---------------------------------------------------------------------------- running
@@ -108,16 +115,17 @@ def missing(name):
 LATER = ("log_w_std", "log_s_std", "log_s_mean", "outliers", "clip_low", "clip_high")
 
 
-def rows_of(out, name, arm, seed, commit, where):
+def rows_of(out, name, arm, seed, commit, where_it_ran):
     """What a finished run in `out` leaves: a row of TABLE, and rows of CURVES."""
     summary = json.loads((out / "summary.json").read_text())
     steps = read_table(out / "metrics.csv")
     updates = read_table(out / "updates.csv")
-    # In the first mini-batch of a step nothing has moved yet.
+    # In the first mini-batch of a step nothing has moved yet. kl and expert_change, which
+    # metrics.csv has, are means over all mini-batches.
     later = [row for row in updates if row["mini_batch"] != "0"]
     row = {"experiment": name, "arm": arm, "seed": seed,
            "command": "python " + " ".join(command(name, arm, seed)), "commit": commit,
-           "machine": where, "steps": len(steps),
+           "machine": where_it_ran, "steps": len(steps),
            "accuracy_cold_start": summary["accuracy_cold_start"], "accuracy": summary["accuracy"],
            "accuracy_greedy": summary["accuracy_greedy"],
            "reward": mean_of(steps, "reward"), "length": mean_of(steps, "length")}
@@ -137,59 +145,91 @@ def rows_of(out, name, arm, seed, commit, where):
 
 
 def run(name, arm, seed, commit):
+    """Make a run, or what is left of it -> what rows_of gives; None if it failed."""
     out = folder(name, arm, seed)
     if not (out / "summary.json").exists():
-        shutil.rmtree(out, ignore_errors=True)
-        done = subprocess.run([sys.executable, *command(name, arm, seed), "--out", str(out)],
-                              capture_output=True, text=True)
-        if done.returncode:
-            sys.exit(f"evidence: {name}, {arm}, seed {seed}: {done.stderr}")
+        resume = ["--resume"] if (out / "checkpoint.pt").exists() else []
+        process = subprocess.run([sys.executable, *command(name, arm, seed), *resume,
+                                  "--out", str(out)], capture_output=True, text=True)
+        if process.returncode:
+            print(f"{name}: {arm}, seed {seed}: {process.stderr}", flush=True)
+            return None
     return rows_of(out, name, arm, seed, commit, machine().replace("2 threads", "1 thread"))
 
 
 def run_all(names):
+    # Asked once: the tables that are written make the checkout dirty.
     commit = shell("git", "describe", "--always", "--dirty", "--exclude", "*")
     todo = [(name, arm, seed) for name in names for arm, seed in missing(name)]
     began = time.time()
     with ThreadPoolExecutor(2) as pool:
         results = pool.map(lambda job: run(*job, commit), todo)
-        for done, (row, curves) in enumerate(results, start=1):
-            append(TABLE, [row])
+        for i, result in enumerate(results, start=1):
+            if result is None:
+                continue
+            row, curves = result
             append(CURVES, curves)
-            left = (time.time() - began) / done * (len(todo) - done)
-            print(f"{done} of {len(todo)}: {row['experiment']}: {row['arm']}, seed {row['seed']}: "
+            append(TABLE, [row])
+            left = (time.time() - began) / i * (len(todo) - i)
+            print(f"{i} of {len(todo)}: {row['experiment']}: {row['arm']}, seed {row['seed']}: "
                   f"{row['accuracy']}   {clock(left)} left", flush=True)
 
 
 # ---------------------------------------------------------------------------- comparing
 
 def endings(name, arm):
-    """{seed: held-out accuracy at the end}"""
+    """{seed: held-out accuracy at the end}, without runs that were cut."""
     return {row["seed"]: float(row["accuracy"]) for row in read(TABLE)
-            if row["experiment"] == name and row["arm"] == arm}
-
-
-def paired(name, arm, other):
-    """How far an arm ends above another, in pairs of seeds -> mean, standard error, number of
-    seeds on which it is above, number of pairs."""
-    mine = endings(name, arm)
-    theirs = endings(name, other)
-    differences = [mine[seed] - theirs[seed] for seed in mine if seed in theirs]
-    error = statistics.stdev(differences) / len(differences) ** 0.5
-    above = sum(difference > 0 for difference in differences)
-    return statistics.fmean(differences), error, above, len(differences)
+            if row["experiment"] == name and row["arm"] == arm and row["accuracy"]}
 
 
 # Student's t beyond which a difference of so many pairs is significant at 5 %, two-sided.
 CRITICAL_T = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}
 
 
-def interval(values):
-    """Bounds of the mean: the middle 95 % of the means of all resamples with replacement."""
-    means = sorted(statistics.fmean(sample)
-                   for sample in itertools.product(values, repeat=len(values)))
+class Comparison(NamedTuple):
+    """How far one arm ends above another, in pairs of seeds."""
+    mean: float
+    error: float        # the standard error of the mean
+    low: float          # bounds of the mean: the middle 95 % of the means of all resamples
+    high: float
+    n_above: int
+    n_pairs: int
+
+    @property
+    def significant(self):
+        return abs(self.mean) > CRITICAL_T[self.n_pairs] * self.error
+
+
+def compare(mine, theirs):
+    """{seed: accuracy} of two arms -> Comparison of the seeds that both have."""
+    differences = [mine[seed] - theirs[seed] for seed in mine if seed in theirs]
+    n = len(differences)
+    means = sorted(map(statistics.fmean, itertools.product(differences, repeat=n)))
     margin = int(0.025 * len(means))
-    return means[margin], means[-1 - margin]
+    return Comparison(statistics.fmean(differences), statistics.stdev(differences) / n ** 0.5,
+                      means[margin], means[-1 - margin],
+                      sum(difference > 0 for difference in differences), n)
+
+
+PAIRS = [("fresh", "gspo", "grpo"), ("fresh", "grpo, r3", "grpo"), ("stale", "gspo", "grpo"),
+         ("stale", "gspo", "grpo, r3"), ("stale", "grpo, r3", "grpo"),
+         ("stale", "gspo_clip_grpo_weight", "grpo"), ("stale", "grpo_clip_gspo_weight", "grpo"),
+         ("stale-searched", *BEST)]
+
+
+def print_comparisons():
+    print("\n| experiment | difference | mean ± standard error | interval | above on | t test |")
+    print("|---|---|---|---|---|---|")
+    for name, arm, other in PAIRS:
+        mine = endings(name, arm)
+        theirs = endings(name, other)
+        if len(mine.keys() & theirs.keys()) < 2:
+            continue
+        c = compare(mine, theirs)
+        print(f"| {name} | {arm} - {other} | {c.mean:+.3f} ± {c.error:.3f} | {c.low:+.3f} to "
+              f"{c.high:+.3f} | {c.n_above} of {c.n_pairs} | "
+              f"{'significant' if c.significant else 'not significant'} |")
 
 
 def print_tables():
@@ -198,10 +238,10 @@ def print_tables():
     for name in EXPERIMENTS:
         rows = [row for row in read(TABLE) if row["experiment"] == name]
         print(f"\n{name}: {EXPERIMENTS[name].about}\n")
-        print("| arm | seeds |", " | ".join(columns), "| collapsed |")
+        print("| arm | accuracy by seed |", " | ".join(columns), "| collapsed |")
         print("|---|" + "---|" * (len(columns) + 2))
         for arm in EXPERIMENTS[name].arms:
-            of_arm = [row for row in rows if row["arm"] == arm]
+            of_arm = [row for row in rows if row["arm"] == arm and row["accuracy"]]
             if not of_arm:
                 continue
             cells = [f"{mean_of(of_arm, column):.3g}" for column in columns]
@@ -216,8 +256,9 @@ def print_tables():
 # Colour and line of each method: they differ in grey too.
 STYLES = {
     "gspo": ("#1f5fa8", "-", "o"), "grpo": ("#d9822b", "--", "s"),
-    "grpo, r3": ("#7d4f9e", ":", "^"), "gate_of_gspo": ("#2a9d8f", "-.", "v"),
-    "gate_of_grpo": ("#b23a48", (0, (5, 1)), "D"), "grpo_dual_clip": ("#6b705c", (0, (1, 1)), "P"),
+    "grpo, r3": ("#7d4f9e", ":", "^"), "gspo_clip_grpo_weight": ("#2a9d8f", "-.", "v"),
+    "grpo_clip_gspo_weight": ("#b23a48", (0, (5, 1)), "D"),
+    "grpo_dual_clip": ("#6b705c", (0, (1, 1)), "P"),
 }
 
 
@@ -250,13 +291,21 @@ def draw_curves(axis, name, arms):
     axis.legend(fontsize=8)
 
 
-def draw_search(axis, step=60):
-    """Held-out accuracy after so many steps over the learning rate, a line for each clip range."""
-    found = {row["arm"]: float(row["accuracy"]) for row in read(CURVES)
-             if row["experiment"] == "search, stale" and row["step"] == str(step)}
+def search_score(arm):
+    """The mean of an arm's held-out accuracies up to step 60, which every run of the search has
+    made; None if there is no such run."""
+    found = [float(row["accuracy"]) for row in read(CURVES)
+             if row["experiment"] == "stale-search" and row["arm"] == arm
+             and 0 < int(row["step"]) <= 60]
+    return statistics.fmean(found) if found else None
+
+
+def draw_search(axis):
+    """The score of the search over the learning rate, a line for each clip range."""
     for i, arm in enumerate(RANGES):
-        values = [found[f"{arm}, lr {lr}"] for lr in RATES]
-        axis.plot([float(lr) for lr in RATES], values, **style(arm) | {"marker": "osvD"[i % 4]},
+        scores = {float(lr): search_score(f"{arm}, lr {lr}") for lr in RATES}
+        scores = {lr: score for lr, score in scores.items() if score is not None}
+        axis.plot(list(scores), list(scores.values()), **style(arm) | {"marker": "osvD^"[i % 5]},
                   label=arm)
     axis.set_xscale("log")
     axis.set_xticks([float(lr) for lr in RATES], RATES)
@@ -269,14 +318,16 @@ def draw_search(axis, step=60):
 
 def draw_stale(plt):
     """results/stale.png: fresh and stale updates on Countdown, and the search."""
-    figure, axes = plt.subplots(1, 3, figsize=(14, 4), layout="constrained")
-    draw_curves(axes[0], "fresh", METHODS)
+    figure, axes = plt.subplots(1, 4, figsize=(17, 4), layout="constrained")
     axes[0].set_title("4 updates a rollout")
-    draw_curves(axes[1], "stale", METHODS)
-    axes[1].set_title("32 updates a rollout")
-    draw_search(axes[2])
-    axes[2].set_title("32 updates, after 60 steps (1 seed)")
+    draw_curves(axes[0], "fresh", METHODS)
     axes[0].set_ylabel("held-out accuracy, Countdown")
+    axes[1].set_title("32 updates a rollout")
+    draw_curves(axes[1], "stale", METHODS)
+    axes[2].set_title("32 updates, each at its best cell of the search")
+    draw_curves(axes[2], "stale-searched", BEST)
+    axes[3].set_title("the search: mean of steps 20 to 60, 1 seed")
+    draw_search(axes[3])
     figure.savefig(RESULTS / "stale.png", dpi=110)
 
 
@@ -284,13 +335,15 @@ def draw_noise(plt):
     """results/noise.png: accuracy over the spread of noise on the token ratios."""
     figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
     for name in NOISE_METHODS:
-        found = [list(endings("noise", f"{name}, noise {sigma}").values()) for sigma in SIGMAS]
-        for place, values in enumerate(found):
+        found = {place: list(endings("noise", f"{name}, noise {sigma}").values())
+                 for place, sigma in enumerate(SIGMAS)}
+        found = {place: values for place, values in found.items() if values}
+        for place, values in found.items():
             axis.plot([place] * len(values), values, **style(name) | {"linestyle": ""}, alpha=0.35)
-        axis.plot(range(len(SIGMAS)), [statistics.fmean(values) for values in found],
+        axis.plot(list(found), [statistics.fmean(values) for values in found.values()],
                   **style(name), label=name)
-    values = list(endings("noise", "reinforce, noise 0").values())
-    axis.axhline(statistics.fmean(values), color="black", linewidth=0.8,
+    no_ratio = endings("noise", "reinforce, noise 0").values()
+    axis.axhline(statistics.fmean(no_ratio), color="black", linewidth=0.8,
                  label="reinforce: no ratio")
     axis.set_xticks(range(len(SIGMAS)), SIGMAS)
     axis.set_xlabel("spread of the noise on log w, each token for itself (sigma)")
@@ -305,7 +358,8 @@ def draw():
     matplotlib.use("Agg")
     from matplotlib import pyplot
     draw_stale(pyplot)
-    draw_noise(pyplot)
+    if endings("noise", "reinforce, noise 0"):
+        draw_noise(pyplot)
 
 
 def main(names):
@@ -315,6 +369,7 @@ def main(names):
                  f"{', '.join(EXPERIMENTS)}")
     if "--table" in names:
         print_tables()
+        print_comparisons()
     elif "--draw" in names:
         draw()
     elif names:

@@ -16,7 +16,8 @@ HOUSE = Path(__file__).parent.parent
 OURS = {"moe", "gspo", "train", "test_gspo", "data", "lab", "results"}
 MAY_IMPORT = {"moe.py": set(), "gspo.py": {"moe"}, "test_gspo.py": {"moe", "gspo", "data"},
               "train.py": {"moe", "gspo", "data", "lab.options", "lab.report"}}
-MAY_IMPORT_TRAIN = ("bench.py", "experiments.py", "hf.py", "instruments.py")     # and tests
+# Of lab, and its tests.
+MAY_IMPORT_TRAIN = ("bench.py", "experiments.py", "hf.py", "instruments.py")
 FILES = sorted([*HOUSE.glob("*.py"), *HOUSE.glob("*/*.py")])
 README = (HOUSE / "README.md").read_text(encoding="utf-8")
 

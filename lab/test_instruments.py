@@ -1,16 +1,26 @@
 """The instruments: gradients token by token, worked out by hand, and the noise."""
+import os
 import random
+import subprocess
+import sys
 from math import exp
+from pathlib import Path
 
 import pytest
 import torch
 
 import gspo
 from lab import instruments
+from lab.report import read_table
 
 # Two responses of three tokens and of two. log s is 0.1 and -0.2.
 LOG_W = torch.tensor([[0.5, -0.1, -0.1], [1.2, -1.6, 0.0]])
 MASK = torch.tensor([[True, True, True], [True, True, False]])
+
+
+@pytest.fixture(autouse=True)
+def with_instruments(monkeypatch):
+    monkeypatch.setattr(gspo, "ALGORITHMS", gspo.ALGORITHMS | instruments.INSTRUMENTS)
 
 
 def gradient(name, A, low=None, high=None):
@@ -24,16 +34,16 @@ def gradient(name, A, low=None, high=None):
 
 
 @pytest.mark.parametrize("name, A, weights", [
-    # 1.2 in a good response is beyond 1.27, -1.6 in a good one keeps its gradient. In a bad one it
-    # is the other way round.
+    # w = exp(1.2) = 3.3 is clipped if good, and if bad by the dual clip. w = exp(-1.6) = 0.2 is
+    # kept if good, clipped if bad.
     ("grpo_dual_clip", [1.0, -1.0], [[0, exp(-0.1), exp(-0.1)], [0, 0, 0]]),
     ("grpo_dual_clip", [-1.0, 1.0], [[-exp(0.5), -exp(-0.1), -exp(-0.1)], [0, exp(-1.6), 0]]),
     # The first response is clipped if it is good, the second one if it is bad.
-    ("gate_of_gspo", [1.0, -1.0], [[0.0, 0, 0], [0, 0, 0]]),
-    ("gate_of_gspo", [-1.0, 1.0],
+    ("gspo_clip_grpo_weight", [1.0, -1.0], [[0.0, 0, 0], [0, 0, 0]]),
+    ("gspo_clip_grpo_weight", [-1.0, 1.0],
      [[-exp(0.5), -exp(-0.1), -exp(-0.1)], [exp(1.2), exp(-1.6), 0]]),
-    ("gate_of_grpo", [1.0, -1.0], [[0, exp(0.1), exp(0.1)], [-exp(-0.2), 0, 0]]),
-    ("gate_of_grpo", [-1.0, 1.0],
+    ("grpo_clip_gspo_weight", [1.0, -1.0], [[0, exp(0.1), exp(0.1)], [-exp(-0.2), 0, 0]]),
+    ("grpo_clip_gspo_weight", [-1.0, 1.0],
      [[-exp(0.1), -exp(0.1), -exp(0.1)], [0, exp(-0.2), 0]]),
 ])
 def test_each_token_has_the_weight_worked_out_by_hand(name, A, weights):
@@ -51,17 +61,38 @@ def test_the_dual_clip_stops_a_bad_token_beyond_3():
 
 def test_without_a_clip_the_gates_have_the_weights_of_the_other():
     for A in ([1.0, -1.0], [-1.0, 1.0]):
-        torch.testing.assert_close(gradient("gate_of_gspo", A, 1.0, 100.0),
+        torch.testing.assert_close(gradient("gspo_clip_grpo_weight", A, 1.0, 100.0),
                                    gradient("grpo", A, 1.0, 100.0))
-        torch.testing.assert_close(gradient("gate_of_grpo", A, 1.0, 100.0),
+        torch.testing.assert_close(gradient("grpo_clip_gspo_weight", A, 1.0, 100.0),
                                    gradient("gspo", A, 1.0, 100.0))
 
 
 @pytest.mark.parametrize("sigma, common", [(0.0, 0.0), (1.0, 0.0), (0.0, 1.0), (0.5, 0.5)])
-def test_noise_multiplies_the_ratios_with_factors_of_mean_1(sigma, common):
-    log_factor = instruments.noise(torch.zeros(100_000, 4), sigma, common, random.Random(0))
+def test_noise_multiplies_the_ratios_with_factors_of_mean_1_or_leaves_the_mean_of_log_w(
+        sigma, common):
+    zeros = torch.zeros(100_000, 4)
+    log_factor = instruments.noise(zeros, sigma, common, False, random.Random(0))
+    variance = sigma ** 2 + common ** 2
     assert log_factor.exp().mean().item() == pytest.approx(1, abs=0.02)
+    assert log_factor.mean().item() == pytest.approx(-variance / 2, abs=0.02)
+    assert log_factor.var().item() == pytest.approx(variance, abs=0.02)
     of_response = log_factor.mean(dim=1)
-    expected = sigma ** 2 / 4 + common ** 2
-    assert of_response.var().item() == pytest.approx(expected, abs=0.02)
-    assert log_factor.var().item() == pytest.approx(sigma ** 2 + common ** 2, abs=0.02)
+    assert of_response.var().item() == pytest.approx(sigma ** 2 / 4 + common ** 2, abs=0.02)
+    centred = instruments.noise(zeros, sigma, common, True, random.Random(0))
+    torch.testing.assert_close(centred - log_factor, torch.full_like(zeros, variance / 2))
+
+
+def test_every_run_of_the_noisy_trainer_has_the_noise_in_its_ratios(tmp_path, monkeypatch):
+    """In a process of its own: an instrument changes the modules that it wraps."""
+    command = [sys.executable, "-m", "lab.instruments", "--noise", "1", "--centred",
+               "--cold_steps", "30", "--cold_tokens", "400", "--max_digits", "1", "--steps", "1",
+               "--algorithm", "grpo_clip_gspo_weight", "--threads", "1", "--device", "cpu"]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
+    subprocess.run([*command, "--out", "run"], cwd=tmp_path, env=environment, check=True,
+                   capture_output=True, timeout=200)
+    first = read_table(tmp_path / "run/updates.csv")[0]
+    assert float(first["log_w_std"]) == pytest.approx(1, abs=0.1)
+    refused = subprocess.run([*command, "--recompute_logp_old"], cwd=tmp_path, env=environment,
+                             capture_output=True, text=True, timeout=100)
+    assert refused.returncode == 1
+    assert refused.stderr.count("\n") == 1
