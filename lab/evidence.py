@@ -272,7 +272,7 @@ def style(arm):
 def draw_curves(axis, name, arms):
     """Held-out accuracy over the RL steps: a thin line for each seed, a thick one for the mean."""
     for arm in arms:
-        of_seed = {}
+        of_seed = {}            # {seed: {step: accuracy}}
         for row in read(CURVES):
             if row["experiment"] == name and row["arm"] == arm:
                 of_seed.setdefault(row["seed"], {})[int(row["step"])] = float(row["accuracy"])
@@ -288,7 +288,8 @@ def draw_curves(axis, name, arms):
     axis.set_xlabel("RL step")
     axis.set_ylim(0, 0.6)
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
+    if axis.lines:
+        axis.legend(fontsize=8)
 
 
 def search_score(arm):
@@ -317,18 +318,25 @@ def draw_search(axis):
 
 
 def draw_stale(plt):
-    """results/stale.png: fresh and stale updates on Countdown, and the search."""
-    figure, axes = plt.subplots(1, 4, figsize=(17, 4), layout="constrained")
-    axes[0].set_title("4 updates a rollout")
+    """results/stale.png: Countdown with few and with many updates a rollout."""
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained", sharey=True)
+    axes[0].set_title("4 optimiser steps on each rollout")
     draw_curves(axes[0], "fresh", METHODS)
     axes[0].set_ylabel("held-out accuracy, Countdown")
-    axes[1].set_title("32 updates a rollout")
+    axes[1].set_title("32 optimiser steps on each rollout")
     draw_curves(axes[1], "stale", METHODS)
-    axes[2].set_title("32 updates, each at its best cell of the search")
-    draw_curves(axes[2], "stale-searched", BEST)
-    axes[3].set_title("the search: mean of steps 20 to 60, 1 seed")
-    draw_search(axes[3])
     figure.savefig(RESULTS / "stale.png", dpi=110)
+
+
+def draw_stale_search(plt):
+    """results/stale-search.png: the search for 32 optimiser steps, and what it chose."""
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained", sharey=True)
+    axes[0].set_title("the search: mean of steps 20 to 60, 1 seed")
+    draw_search(axes[0])
+    axes[0].set_ylabel("held-out accuracy, Countdown")
+    axes[1].set_title("32 optimiser steps, each as the search chose")
+    draw_curves(axes[1], "stale-searched", BEST)
+    figure.savefig(RESULTS / "stale-search.png", dpi=110)
 
 
 def draw_noise(plt):
@@ -358,6 +366,7 @@ def draw():
     matplotlib.use("Agg")
     from matplotlib import pyplot
     draw_stale(pyplot)
+    draw_stale_search(pyplot)
     if endings("noise", "reinforce, noise 0"):
         draw_noise(pyplot)
 
