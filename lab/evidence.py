@@ -54,8 +54,8 @@ RANGES = {
     "grpo, no clip": f"{GRPO} --clip_low 1 --clip_high 100",
 }
 RATES = ("4e-5", "7.5e-5", "1.5e-4", "3e-4", "6e-4")
-# The lower rates were tried later, because the lowest one had been the best: without the ranges that
-# had been the worst, and in the end with the best ones only.
+# The lower rates were tried later, because the lowest one had been the best: without the ranges
+# that had been the worst, and in the end with the best ones only.
 NOT_SEARCHED = {"7.5e-5": ("gspo, 3e-2", "grpo, 0.4", "grpo, no clip"),
                 "4e-5": set(RANGES) - {"gspo, 3e-3", "grpo, 0.2"}}
 SEARCHED = {f"{name}, lr {lr}": f"{options} --lr {lr}"
