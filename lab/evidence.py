@@ -47,7 +47,6 @@ RANGES = {      # of the search
     "gspo, 3e-3": GSPO,
     "gspo, 1e-2": f"{GSPO} --clip_low 1e-2 --clip_high 1.3e-2",
     "gspo, 3e-2": f"{GSPO} --clip_low 3e-2 --clip_high 4e-2",
-    "grpo, 0.02": f"{GRPO} --clip_low 0.02 --clip_high 0.027",
     "grpo, 0.05": f"{GRPO} --clip_low 0.05 --clip_high 0.065",
     "grpo, 0.1": f"{GRPO} --clip_low 0.1 --clip_high 0.13",
     "grpo, 0.2": GRPO,
@@ -57,8 +56,8 @@ RANGES = {      # of the search
 RATES = ("4e-5", "7.5e-5", "1.5e-4", "3e-4", "6e-4")
 # The lower rates were tried later, because the lowest one had been the best: without the ranges
 # that had been the worst, and in the end with the best ones only.
-NOT_SEARCHED = {"7.5e-5": ("gspo, 3e-2", "grpo, 0.02", "grpo, 0.4", "grpo, no clip"),
-                "4e-5": set(RANGES) - {"gspo, 3e-3", "grpo, 0.2"}, "1.5e-4": ("grpo, 0.02",)}
+NOT_SEARCHED = {"7.5e-5": ("gspo, 3e-2", "grpo, 0.4", "grpo, no clip"),
+                "4e-5": set(RANGES) - {"gspo, 3e-3", "grpo, 0.2"}}
 SEARCHED = {f"{name}, lr {lr}": f"{options} --lr {lr}"
             for lr in RATES for name, options in RANGES.items()
             if name not in NOT_SEARCHED.get(lr, ())}
@@ -309,7 +308,7 @@ def draw_search(axis):
     for i, arm in enumerate(RANGES):
         scores = {float(lr): search_score(f"{arm}, lr {lr}") for lr in RATES}
         scores = {lr: score for lr, score in scores.items() if score is not None}
-        axis.plot(list(scores), list(scores.values()), **style(arm) | {"marker": "osvD^PX"[i % 7]},
+        axis.plot(list(scores), list(scores.values()), **style(arm) | {"marker": "osvD^"[i % 5]},
                   label=arm)
     axis.set_xscale("log")
     axis.set_xticks([float(lr) for lr in RATES], RATES)
