@@ -13,7 +13,6 @@ best. A run has collapsed if it ends below the accuracy of its cold start.
 """
 import itertools
 import json
-import shutil
 import statistics
 import subprocess
 import sys
@@ -58,9 +57,10 @@ RATES = ("4e-5", "7.5e-5", "1.5e-4", "3e-4", "6e-4")
 # that had been the worst, and in the end with the best ones only.
 NOT_SEARCHED = {"7.5e-5": ("gspo, 3e-2", "grpo, 0.4", "grpo, no clip"),
                 "4e-5": set(RANGES) - {"gspo, 3e-3", "grpo, 0.2"}}
-SEARCHED = {f"{name}, lr {lr}": f"{options} --lr {lr}"
-            for lr in RATES for name, options in RANGES.items()
-            if name not in NOT_SEARCHED.get(lr, ())}
+SEARCHED = {}
+for lr, name in itertools.product(RATES, RANGES):
+    if name not in NOT_SEARCHED.get(lr, ()):
+        SEARCHED[f"{name}, lr {lr}"] = f"{RANGES[name]} --lr {lr}"
 METHODS = {"gspo": GSPO, "grpo": GRPO, "grpo, r3": f"{GRPO} --routing_replay r3"}
 MIXED = {name: f"--algorithm {name}" for name in ("gspo_clip_grpo_weight", "grpo_clip_gspo_weight")}
 # The best cells of the search, by the mean of the held-out accuracies up to step 60.
@@ -69,8 +69,8 @@ NOISE_METHODS = {"gspo": GSPO, "grpo": GRPO, "grpo_dual_clip": "--algorithm grpo
 SIGMAS = ("0", "1", "2", "4")
 # REINFORCE reads no stored log-prob: noise changes nothing.
 NOISE = {"reinforce, noise 0": "--noise 0 --algorithm reinforce --scale std"}
-NOISE |= {f"{name}, noise {sigma}": f"--noise {sigma} {options}"
-          for sigma in SIGMAS for name, options in NOISE_METHODS.items()}
+for sigma, name in itertools.product(SIGMAS, NOISE_METHODS):
+    NOISE[f"{name}, noise {sigma}"] = f"--noise {sigma} {NOISE_METHODS[name]}"
 
 EXPERIMENTS = {
     "stale-search": Experiment(
@@ -162,7 +162,9 @@ def run(name, arm, seed, commit):
 def run_all(names):
     # Asked once: the tables that are written make the checkout dirty.
     commit = shell("git", "describe", "--always", "--dirty", "--exclude", "*")
-    todo = [(name, arm, seed) for name in names for arm, seed in missing(name)]
+    todo = []
+    for name in names:
+        todo += [(name, arm, seed) for arm, seed in missing(name)]
     began = time.time()
     with ThreadPoolExecutor(2) as pool:
         results = pool.map(lambda job: run(*job, commit), todo)
