@@ -95,12 +95,13 @@ def main():
     parser.add_argument("--common_noise", type=float, default=0, help="spread, for each response")
     parser.add_argument("--centred", action="store_true", help="the mean of log w stays")
     options, others = parser.parse_known_args()
+    noisy = options.noise or options.common_noise
+    for word in NOT_WITH_NOISE:
+        if noisy and word in others:
+            sys.exit(f"instruments: {word} does not go together with noise; leave one out")
     gspo.ALGORITHMS.update(INSTRUMENTS)
     import train        # now its --algorithm can be each of them
-    if options.noise or options.common_noise:
-        for word in NOT_WITH_NOISE:
-            if word in others:
-                sys.exit(f"instruments: {word} does not go together with noise; leave one out")
+    if noisy:
         add_noise(train, options.noise, options.common_noise, options.centred)
     train.main(others)
 

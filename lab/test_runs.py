@@ -627,7 +627,8 @@ def task_file(monkeypatch, tmp_path):
 
 def test_a_task_is_any_class_with_three_methods(train, task_file):
     task_file("plain", PLAIN)
-    assert train("--task", "plain", "--cold_steps", "5", "--steps", "1", "--threads", "1") == 0
+    assert train("--task", "plain", "--cold_steps", "5", "--cold_tokens", "400", "--steps", "1",
+                 "--max_new_tokens", "9", "--threads", "1") == 0
     assert train("--ask", "1+1=") == 0
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import train
 from lab.report import read_table
 
 HOUSE = Path(__file__).parent.parent
@@ -76,17 +77,18 @@ def torchrun(folder, *arguments, **options):
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options)
 
 
-def test_a_run_of_two_processes_logs_once_repeats_itself_and_may_be_resumed_by_one(tmp_path):
-    for name in ("one", "two"):
-        process = torchrun(tmp_path, "--steps", "3", "--fresh", "--out", name)
+def test_a_run_of_two_processes_logs_once_repeats_itself_and_may_be_resumed_by_one(
+        tmp_path, monkeypatch):
+    runs = [torchrun(tmp_path, "--steps", "3", "--fresh", "--out", name) for name in ("one", "two")]
+    for process in runs:
         output, _ = process.communicate(timeout=200)
         assert process.returncode == 0, output
         assert output.count("1 cold start") == 1
     for table in ("updates.csv", "evaluations.csv"):
         assert (tmp_path / f"one/{table}").read_text() == (tmp_path / f"two/{table}").read_text()
     assert len(read_table(tmp_path / "one/metrics.csv")) == 3
-    subprocess.run([sys.executable, str(HOUSE / "train.py"), "--resume", "--steps", "4", "--out",
-                    "one"], cwd=tmp_path, check=True, capture_output=True, timeout=100)
+    monkeypatch.chdir(tmp_path)
+    train.main(["--resume", "--steps", "4", "--out", "one"])
     assert len(read_table(tmp_path / "one/metrics.csv")) == 4
 
 
