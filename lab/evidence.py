@@ -255,6 +255,23 @@ def print_tables():
             print(f"| {arm} | {each} |", " | ".join(cells), f"| {collapsed} of {len(of_arm)} |")
 
 
+def search_score(arm):
+    """The mean of an arm's held-out accuracies up to step 60, which every run of the search has
+    made; None if there is no such run."""
+    found = [float(row["accuracy"]) for row in read(CURVES)
+             if row["experiment"] == "stale-search" and row["arm"] == arm
+             and 0 < int(row["step"]) <= 60]
+    return statistics.fmean(found) if found else None
+
+
+def print_search():
+    print("\n| clip range |", " | ".join(f"lr {lr}" for lr in RATES), "|")
+    print("|---|" + "---|" * len(RATES))
+    for arm in RANGES:
+        scores = [search_score(f"{arm}, lr {lr}") for lr in RATES]
+        print(f"| {arm} |", " | ".join("" if x is None else f"{x:.3f}" for x in scores), "|")
+
+
 # ---------------------------------------------------------------------------- drawing
 
 # Colour and line of each method: they differ in grey too.
@@ -294,15 +311,6 @@ def draw_curves(axis, name, arms):
     axis.grid(alpha=0.3)
     if axis.lines:
         axis.legend(fontsize=8)
-
-
-def search_score(arm):
-    """The mean of an arm's held-out accuracies up to step 60, which every run of the search has
-    made; None if there is no such run."""
-    found = [float(row["accuracy"]) for row in read(CURVES)
-             if row["experiment"] == "stale-search" and row["arm"] == arm
-             and 0 < int(row["step"]) <= 60]
-    return statistics.fmean(found) if found else None
 
 
 def draw_search(axis):
@@ -383,6 +391,7 @@ def main(names):
     if "--table" in names:
         print_tables()
         print_comparisons()
+        print_search()
     elif "--draw" in names:
         draw()
     elif names:
