@@ -65,12 +65,31 @@ METHODS = {"gspo": GSPO, "grpo": GRPO, "grpo, r3": f"{GRPO} --routing_replay r3"
 MIXED = {name: f"--algorithm {name}" for name in ("gspo_clip_grpo_weight", "grpo_clip_gspo_weight")}
 # The best cells of the search, by the mean of the held-out accuracies up to step 60.
 BEST = {name: SEARCHED[name] for name in ("gspo, 3e-3, lr 7.5e-5", "grpo, 0.2, lr 4e-5")}
-NOISE_METHODS = {"gspo": GSPO, "grpo": GRPO, "grpo_dual_clip": "--algorithm grpo_dual_clip"} | MIXED
-SIGMAS = ("0", "1", "2", "4")
+# For stale rollouts that are off as a whole: ten times the default.
+WIDE = f"{GSPO} --clip_low 3e-2 --clip_high 4e-2"
 # REINFORCE reads no stored log-prob: noise changes nothing.
 NOISE = {"reinforce, noise 0": "--noise 0 --algorithm reinforce --scale std"}
-for sigma, name in itertools.product(SIGMAS, NOISE_METHODS):
-    NOISE[f"{name}, noise {sigma}"] = f"--noise {sigma} {NOISE_METHODS[name]}"
+NOISE_ON = {"gspo": "0124", "grpo": "0124", "grpo_dual_clip": "24",
+            "gspo_clip_grpo_weight": "024", "grpo_clip_gspo_weight": "024"}
+for name, sigmas in NOISE_ON.items():
+    for sigma in sigmas:
+        NOISE[f"{name}, noise {sigma}"] = f"--noise {sigma} --algorithm {name}"
+for name in ("gspo", "grpo"):
+    NOISE[f"{name}, centred noise 2"] = f"--noise 2 --centred --algorithm {name}"
+# The range is about the spread of log s: 2 divided by the root of some 27 tokens.
+NOISE["gspo wide, centred noise 2"] = (
+    f"--noise 2 --centred {GSPO} --clip_low 0.4 --clip_high 0.5")
+for name in ("gspo", "grpo"):
+    NOISE[f"{name}, common noise 1"] = f"--common_noise 1 --centred --algorithm {name}"
+SAMPLERS = {}
+for sampler, name in itertools.product(("int4", "int8"), ("gspo", "gspo wide", "grpo")):
+    method = WIDE if name == "gspo wide" else f"--algorithm {name}"
+    SAMPLERS[f"{name}, {sampler}"] = f"{method} --sampler {sampler}"
+for name in ("gspo", "grpo"):
+    SAMPLERS[f"{name}, int4 recomputed"] = (
+        f"--algorithm {name} --sampler int4 --recompute_logp_old")
+SAMPLERS["gspo_token, int4 tis"] = "--algorithm gspo_token --sampler int4 --correction tis"
+LAGS = {"gspo": GSPO, "gspo wide": WIDE, "grpo": GRPO}
 
 EXPERIMENTS = {
     "stale-search": Experiment(
@@ -79,15 +98,22 @@ EXPERIMENTS = {
         f"{COUNTDOWN} --steps 80 --eval_every 20 {STALE}", SEARCHED, [5]),
     "stale": Experiment(
         "Countdown, 16 mini-batches for 2 epochs, all at the task's learning rate, 6e-4",
-        f"{COUNTDOWN} {HUNDRED} {STALE}", METHODS | MIXED, range(5)),
+        f"{COUNTDOWN} {HUNDRED} {STALE}",
+        METHODS | MIXED | {"gspo, r3": f"{GSPO} --routing_replay r3"}, range(5)),
     "fresh": Experiment(
         "Countdown with the default of 4 mini-batches", f"{COUNTDOWN} {HUNDRED}", METHODS,
         range(5)),
     "stale-searched": Experiment(
         "Countdown, 16 mini-batches for 2 epochs, each with the best learning rate and clip range "
         "of the search", f"{COUNTDOWN} {HUNDRED} {STALE}", BEST, range(5)),
-    "noise": Experiment(
-        "arithmetic, with noise of mean one on the ratios", ARITHMETIC, NOISE, range(5)),
+    "noise": Experiment("arithmetic, with noise on the ratios", ARITHMETIC, NOISE, range(5)),
+    "sampler": Experiment(
+        "arithmetic, the sampler's weights rounded", ARITHMETIC, SAMPLERS, range(5)),
+    "lag": Experiment(
+        "arithmetic, the sampler 8 rollouts old", f"{ARITHMETIC} --lag 8", LAGS, range(5)),
+    "lag-countdown": Experiment(
+        "Countdown, the sampler 16 rollouts old", f"{COUNTDOWN} {HUNDRED} --lag 16", LAGS,
+        range(5)),
 }
 
 
@@ -354,9 +380,10 @@ def draw_stale_search(plt):
 def draw_noise(plt):
     """results/noise.png: accuracy over the spread of noise on the token ratios."""
     figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
-    for name in NOISE_METHODS:
+    sigmas = "0124"
+    for name in NOISE_ON:
         found = {place: list(endings("noise", f"{name}, noise {sigma}").values())
-                 for place, sigma in enumerate(SIGMAS)}
+                 for place, sigma in enumerate(sigmas)}
         found = {place: values for place, values in found.items() if values}
         for place, values in found.items():
             axis.plot([place] * len(values), values, **style(name) | {"linestyle": ""}, alpha=0.35)
@@ -365,7 +392,7 @@ def draw_noise(plt):
     no_ratio = endings("noise", "reinforce, noise 0").values()
     axis.axhline(statistics.fmean(no_ratio), color="black", linewidth=0.8,
                  label="reinforce: no ratio")
-    axis.set_xticks(range(len(SIGMAS)), SIGMAS)
+    axis.set_xticks(range(len(sigmas)), list(sigmas))
     axis.set_xlabel("spread of the noise on log w, each token for itself (sigma)")
     axis.set_ylabel("held-out accuracy after 80 steps, arithmetic")
     axis.grid(alpha=0.3)
