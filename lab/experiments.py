@@ -1,101 +1,75 @@
-"""Run several settings with several seeds. A run adds a row to results/runs.csv, and its held-out
-evaluations to results/evaluations.csv.
+"""Run the settings and experiments of lab/plan.py, with several seeds.
 
-    python -m lab.experiments                  run what is missing, up to 17 minutes a run, then:
-    python -m lab.experiments --table          print the table: mean and standard deviation
-    python -m lab.experiments --figure         draw results/queries.png: adaptive beside uniform
-    python -m lab.experiments "main job"       run only this setting, or several
+    python -m lab.experiments                  how many runs of each are missing
+    python -m lab.experiments NAME ...         run what is missing of these; `all`: of all
+    python -m lab.experiments --table          print the tables and the comparisons
+    python -m lab.experiments --draw           draw all figures, from the tables alone
 
-Settings with the same model, task and cold-start options share one cold start for each seed, so
-that they differ in nothing but what their row says. The objectives and the kinds of routing replay
-ran with one seed: enough to show that they train, not to rank them. Training rewards are of the
-problems asked: do not compare them between adaptive and uniform queries.
+A run of a setting takes up to 17 minutes. It adds a row to results/runs.csv, and its held-out
+evaluations to evaluations.csv. A run of an experiment adds a row to evidence.csv, and its held-out
+accuracies to evidence-curves.csv. A run that was killed goes on, as with --resume.
 """
 import csv
+import itertools
 import json
 import os
 import platform
-import statistics
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from lab.report import read_table
+from lab import figures
+from lab.plan import (COMPARED, CURVES, EVALUATIONS, EVIDENCE, EXPERIMENTS, RUNS, SETTINGS, command,
+                      folder, mean_of, read)
+from lab.report import clock, read_table
 
-COMPARED = 200      # RL steps
-SHORT = ["--steps", str(COMPARED)]
-OBJECTIVES = ("gspo", "gspo_token", "grpo", "ppo", "dr_grpo", "dapo", "cispo", "gmpo", "sapo",
-              "luspo", "reinforce")
-FIVE_DIGITS = ["--max_digits", "5", "--max_new_tokens", "112"]
-LONG = [*FIVE_DIGITS, "--cold_steps", "2200"]       # what the README shows
-UNIFORM = ["--queries", "uniform"]
-# name: options, seeds
-SETTINGS = {
-    "main job": ([], range(5)),
-    "main job, uniform queries": (UNIFORM, range(5)),
-    "long run": ([*LONG, "--steps", "500"], range(3)),
-    "long run, 800 steps": ([*LONG, "--steps", "800"], [0]),
-    # The first steps of more seeds, and without 1/|y|.
-    "long run, first steps": ([*LONG, *SHORT], (3, 4)),
-    "long run, first steps, luspo": ([*LONG, "--algorithm", "luspo", *SHORT], range(5)),
-    "long run, first steps, dr_grpo": ([*LONG, "--algorithm", "dr_grpo", *SHORT], range(5)),
-    "queries, adaptive": ([*FIVE_DIGITS, "--steps", "500"], range(5)),
-    "queries, uniform": ([*FIVE_DIGITS, "--steps", "500", *UNIFORM], range(5)),
-    "GSPO, the paper's clip range": (
-        ["--clip_low", "3e-4", "--clip_high", "4e-4", *SHORT], range(5)),
-    "GRPO": (["--algorithm", "grpo", *SHORT], range(5)),
-    "countdown, 300 steps": (["--task", "countdown", "--steps", "300"], range(5)),
-    "countdown, 400 steps": (["--task", "countdown", "--steps", "400"], range(5)),
-    "sampler bfloat16": (["--sampler", "bfloat16"], range(3)),
-    "sampler int8": (["--sampler", "int8"], range(3)),
-    "dtype bfloat16": (["--dtype", "bfloat16"], range(3)),
-    # What it costs to score a rollout again before the update.
-    "log-probs of the sampler": (["--steps", "60"], (1, 2)),
-    "log-probs recomputed": (["--steps", "60", "--recompute_logp_old"], (1, 2)),
-    "objective reinforce, on-policy": (["--algorithm", "reinforce", "--mini_batches", "1"], [0]),
-    "objective dapo, dynamic sampling, overlong": (
-        ["--algorithm", "dapo", "--dynamic_sampling", "--overlong", "16", *SHORT], [0]),
-}
-# What three sizes of model cost: short runs, whose accuracy says nothing.
-SIZES = {
-    "size 0.3 M": [],
-    "size 3 M": ["--n_layer", "4", "--d_model", "128", "--n_expert", "16", "--d_expert", "128"],
-    "size 20 M": ["--n_layer", "6", "--d_model", "256", "--n_head", "8", "--n_kv_head", "2",
-                  "--n_expert", "16", "--d_expert", "256"],
-}
-for name, options in SIZES.items():
-    SETTINGS[name] = ([*options, "--cold_steps", "200", "--steps", "20"], [0])
-for name in OBJECTIVES:         # to the end of the main job, each with its own clip range
-    SETTINGS[f"objective {name}"] = (["--algorithm", name], [0])
-for name in ("gspo", "grpo"):
-    for kind in ("none", "r2", "r3"):
-        SETTINGS[f"replay {name} {kind}"] = (
-            ["--algorithm", name, "--routing_replay", kind, *SHORT], [0])
-RESULTS = Path(__file__).parent.parent / "results"
-TABLE = RESULTS / "runs.csv"
-EVALUATIONS = RESULTS / "evaluations.csv"
 MEANS = ["reward", "clip_low", "clip_high", "log_s_std", "log_w_std", "outliers", "kl",
          "expert_change", "mismatch_mean", "mismatch_max", "mismatch_kl", "mismatch_experts",
          "seconds", "seconds_rescoring"]
 
 
-def shell(*command):
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+def shell(*words):
+    return subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
 
 
-def machine():
+def machine(n_threads=2):
     """The processor, as a reader can compare it; no names, no paths."""
+    model = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         for line in cpuinfo.read_text().splitlines():
             if line.startswith("model name"):
-                return f"{line.split(': ')[1]}, 2 threads"
-    return f"{platform.processor() or platform.machine()}, 2 threads"
+                model = line.split(": ")[1]
+    return f"{model}, {n_threads} thread{'s' if n_threads > 1 else ''}"
 
 
-def mean_of(rows, column):
-    return statistics.fmean(float(row[column]) for row in rows if row[column])
+def append(path, new_rows):
+    rows = [*read(path), *new_rows]
+    columns = dict.fromkeys(itertools.chain(*rows))
+    with open(f"{path}.part", "w", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+    os.replace(f"{path}.part", path)
 
+
+def rounded(row):
+    """A row with its floats to four digits."""
+    return {column: f"{value:.4g}" if isinstance(value, float) else value
+            for column, value in row.items()}
+
+
+def train(arguments, out, **options):
+    """Make a run in `out`, or what is left of it, unless it is complete."""
+    if (out / "summary.json").exists():
+        return
+    resume = ["--resume"] if (out / "checkpoint.pt").exists() else []
+    subprocess.run([sys.executable, *arguments, *resume, "--out", str(out)], check=True, **options)
+
+
+# ---------------------------------------------------------------------------- settings
 
 def later(out):
     """Means over the mini-batches after the first of a step: in the first nothing has moved yet."""
@@ -108,17 +82,15 @@ def later(out):
 
 
 def measure(name, options, seed, commit):
-    """Make one run, unless it is in out/ already. Then append its evaluations to their table, and
-    its row to the other: its summary, and means over the compared steps (all, of a shorter run).
-    `commit` is that of the checkout."""
+    """Make one run. Then append its evaluations to their table, and its row to the other: its
+    summary, and means over the compared steps (all, of a shorter run). `commit` is that of the
+    checkout."""
     out = Path("out") / f"{''.join(filter(str.isalnum, name))}-{seed}"
-    command = ["train.py", *options, "--seed", str(seed)]
-    if not (out / "summary.json").exists():
-        resume = ["--resume"] if (out / "checkpoint.pt").exists() else []
-        subprocess.run([sys.executable, *command, *resume, "--out", str(out)], check=True)
+    arguments = ["train.py", *options, "--seed", str(seed)]
+    train(arguments, out)
     every_step = read_table(out / "metrics.csv")
     compared = every_step[:COMPARED]
-    row = {"setting": name, "seed": seed, "command": "python " + " ".join(command),
+    row = {"setting": name, "seed": seed, "command": "python " + " ".join(arguments),
            "commit": commit, "machine": machine()}
     summary = json.loads((out / "summary.json").read_text())
     row |= summary.pop("measures")
@@ -136,95 +108,114 @@ def measure(name, options, seed, commit):
             if evaluated["step"] == evaluations[-1]["step"]]
     row["accuracy_weakest_kind"] = min(last)
     append(EVALUATIONS, evaluations)
-    append(TABLE, [row | later(out)])
+    append(RUNS, [row | later(out)])
 
 
-def read(path):
-    return read_table(path) if path.exists() else []
+def missing_seeds(name):
+    """Of a setting: the seeds that have no row yet."""
+    done = {row["seed"] for row in read(RUNS) if row["setting"] == name}
+    return [seed for seed in SETTINGS[name][1] if str(seed) not in done]
 
 
-def append(path, new_rows):
-    rows = [*read(path), *new_rows]
-    columns = dict.fromkeys(key for row in rows for key in row)
-    with open(f"{path}.part", "w", newline="") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(rows)
-    os.replace(f"{path}.part", path)
+# ---------------------------------------------------------------------------- experiments
+
+def missing_runs(name):
+    """Of an experiment: (name, arm, seed) of all runs that have no row yet. With several seeds,
+    neighbours differ in them: two runs at a time do not make the same cold start twice."""
+    present = {(row["experiment"], row["arm"], row["seed"]) for row in read(EVIDENCE)}
+    experiment = EXPERIMENTS[name]
+    return [(name, arm, seed) for arm, seed in itertools.product(experiment.arms, experiment.seeds)
+            if (name, arm, str(seed)) not in present]
 
 
-def print_table():
-    columns = ["accuracy_cold_start", "accuracy", "accuracy_greedy", "accuracy_weakest_kind",
-               "reward_last_50", "think_share", "seconds",
-               *(f"{column}_{COMPARED}" for column in ("accuracy", *MEANS))]
-    print("| setting |", " | ".join(columns), "|")
-    print("|---|" + "---|" * len(columns))
-    for name in dict.fromkeys(row["setting"] for row in read(TABLE)):
-        rows = [row for row in read(TABLE) if row["setting"] == name]
-        cells = []
-        for column in columns:
-            values = [float(row[column]) for row in rows if row.get(column)]
-            spread = f" ± {statistics.stdev(values):.2g}" if len(values) > 1 else ""
-            cells.append(f"{statistics.fmean(values):.4g}{spread}" if values else "")
-        print(f"| {name} ({len(rows)} seeds) |", " | ".join(cells), "|")
+LATER = ("log_w_std", "log_s_std", "log_s_mean", "outliers", "clip_low", "clip_high")
 
 
-def accuracies(setting, ending=None):
-    """{step: {seed: mean held-out accuracy}} of a setting, over all kinds or those that end so."""
-    found = {}
-    for row in read(EVALUATIONS):
-        if row["setting"] == setting and ending in (None, row["kind"][1:]):
-            of_step = found.setdefault(int(row["step"]), {})
-            of_step.setdefault(row["seed"], []).append(float(row["accuracy"]))
-    return {step: {seed: statistics.fmean(values) for seed, values in of_step.items()}
-            for step, of_step in found.items()}
+def rows_of(out, name, arm, seed, commit, where_it_ran):
+    """What a finished run in `out` leaves: a row of EVIDENCE, and rows of CURVES."""
+    summary = json.loads((out / "summary.json").read_text())
+    steps = read_table(out / "metrics.csv")
+    updates = read_table(out / "updates.csv")
+    # In the first mini-batch of a step nothing has moved yet. kl and expert_change, which
+    # metrics.csv has, are means over all mini-batches.
+    later_ones = [row for row in updates if row["mini_batch"] != "0"]
+    row = {"experiment": name, "arm": arm, "seed": seed,
+           "command": "python " + " ".join(command(name, arm, seed)), "commit": commit,
+           "machine": where_it_ran, "steps": len(steps),
+           "accuracy_cold_start": summary["accuracy_cold_start"], "accuracy": summary["accuracy"],
+           "accuracy_greedy": summary["accuracy_greedy"],
+           "reward": mean_of(steps, "reward"), "length": mean_of(steps, "length")}
+    row |= {column: mean_of(later_ones, column) for column in LATER}
+    row |= {"kl": mean_of(steps, "kl"), "expert_change": mean_of(steps, "expert_change"),
+            "seconds_rl": summary["seconds_rl"]}
+    accuracies = [(0, summary["accuracy_cold_start"])]
+    accuracies += [(step["step"], float(step["accuracy"])) for step in steps if step["accuracy"]]
+    curves = [{"experiment": name, "arm": arm, "seed": seed, "step": step,
+               "accuracy": f"{accuracy:.4f}"} for step, accuracy in accuracies]
+    return rounded(row), curves
 
 
-def draw_queries():
-    """results/queries.png: held-out accuracy with adaptive and with uniform queries, in the main
-    job and with up to five digits; mean and range of the seeds."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-    main = ("main job", "main job, uniform queries")
-    five = ("queries, adaptive", "queries, uniform")
-    plots = ((main, None, "main job"), (five, None, "1 to 5 digits"), (five, "4", "4 digits"),
-             (five, "5", "5 digits"))
-    figure, axes = plt.subplots(1, 4, figsize=(16, 3.5), layout="constrained")
-    for axis, (settings, ending, title) in zip(axes, plots):
-        for setting, label in zip(settings, ("adaptive", "uniform")):
-            of_step = accuracies(setting, ending)
-            values = [list(of_seed.values()) for of_seed in of_step.values()]
-            axis.plot(list(of_step), [statistics.fmean(v) for v in values], marker="o", label=label)
-            axis.fill_between(list(of_step), [min(v) for v in values], [max(v) for v in values],
-                              alpha=0.2)
-        axis.set_title(f"{title}: held-out accuracy", fontsize=10)
-        axis.set_xlabel("RL step")
-        axis.set_ylim(0, 1)
-        axis.grid(alpha=0.3)
-        axis.legend()
-    figure.savefig(RESULTS / "queries.png", dpi=110)
+def run(name, arm, seed, commit):
+    """Make a run, or what is left of it -> what rows_of gives; None if it failed."""
+    out = folder(name, arm, seed)
+    try:
+        train(command(name, arm, seed), out, capture_output=True, text=True)
+    except subprocess.CalledProcessError as error:
+        print(f"{name}: {arm}, seed {seed}: {error.stderr}", flush=True)
+        return None
+    return rows_of(out, name, arm, seed, commit, machine(n_threads=1))
 
 
-def main(names):
-    unknown = set(names) - set(SETTINGS)
+def run_two_at_a_time(runs, commit):
+    """Make the runs (name, arm, seed) of a list."""
+    began = time.time()
+    with ThreadPoolExecutor(2) as pool:
+        results = pool.map(lambda job: run(*job, commit), runs)
+        for i, result in enumerate(results, start=1):
+            if result is None:
+                continue
+            row, curves = result
+            append(CURVES, curves)
+            append(EVIDENCE, [row])
+            left = (time.time() - began) / i * (len(runs) - i)
+            print(f"{i} of {len(runs)}: {row['experiment']}: {row['arm']}, seed {row['seed']}: "
+                  f"{row['accuracy']}   {clock(left)} left", flush=True)
+
+
+# ---------------------------------------------------------------------------- the command line
+
+def show_missing():
+    print("settings, one run at a time, two threads:")
+    for name in SETTINGS:
+        print(f"  {name}: {len(missing_seeds(name))} runs are missing")
+    print("experiments, two runs at a time, one thread each:")
+    for name, experiment in EXPERIMENTS.items():
+        print(f"  {name}: {len(missing_runs(name))} runs are missing ({experiment.about})")
+
+
+def main(words):
+    unknown = set(words) - {*SETTINGS, *EXPERIMENTS, "all", "--table", "--draw"}
     if unknown:
-        sys.exit(f"experiments: {', '.join(unknown)}: no such setting; see SETTINGS")
-    # Asked once: the table that is written makes the checkout dirty.
+        sys.exit(f"experiments: {', '.join(sorted(unknown))}: no such setting or experiment; "
+                 "without a name you see all")
+    if "--table" in words:
+        return figures.print_all()
+    if "--draw" in words:
+        return figures.draw_all()
+    if not words:
+        return show_missing()
+    # Asked once: the tables that are written make the checkout dirty.
     commit = shell("git", "describe", "--always", "--dirty", "--exclude", "*")
-    for name in names or SETTINGS:
-        options, seeds = SETTINGS[name]
-        for seed in seeds:
-            done = [row for row in read(TABLE)
-                    if row["setting"] == name and row["seed"] == str(seed)]
-            if not done:
+    runs = []
+    for name in EXPERIMENTS:
+        if name in words or "all" in words:
+            runs += missing_runs(name)
+    run_two_at_a_time(runs, commit)
+    for name, (options, _) in SETTINGS.items():
+        if name in words or "all" in words:
+            for seed in missing_seeds(name):
                 measure(name, options, seed, commit)
 
 
 if __name__ == "__main__":
-    if "--figure" in sys.argv:
-        draw_queries()
-    else:
-        if "--table" not in sys.argv:
-            main(sys.argv[1:])
-        print_table()
+    main(sys.argv[1:])

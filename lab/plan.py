@@ -1,0 +1,196 @@
+"""Which runs there are: SETTINGS, one after another and with two threads, because their times are
+reported, and EXPERIMENTS, two at a time and of one thread each. lab/experiments.py runs them,
+lab/figures.py draws what they left.
+
+The arms of an experiment share one cold start for each seed and get the same problems (--queries
+uniform), so they can be compared in pairs. So do settings with the same model, task and cold-start
+options.
+"""
+import itertools
+import statistics
+from pathlib import Path
+from typing import NamedTuple
+
+from lab.report import read_table
+
+RESULTS = Path(__file__).parent.parent / "results"
+
+
+def read(path):
+    return read_table(path) if path.exists() else []
+
+
+def mean_of(rows, column):
+    return statistics.fmean(float(row[column]) for row in rows if row[column])
+
+
+# ---------------------------------------------------------------------------- settings
+
+RUNS = RESULTS / "runs.csv"                 # a row for each run
+EVALUATIONS = RESULTS / "evaluations.csv"   # its held-out accuracies, by kind of problem
+COMPARED = 200      # RL steps
+SHORT = ["--steps", str(COMPARED)]
+OBJECTIVES = ("gspo", "gspo_token", "grpo", "ppo", "dr_grpo", "dapo", "cispo", "gmpo", "sapo",
+              "luspo", "reinforce")
+FIVE_DIGITS = ["--max_digits", "5", "--max_new_tokens", "112"]
+LONG = [*FIVE_DIGITS, "--cold_steps", "2200"]       # what the README shows
+UNIFORM = ["--queries", "uniform"]
+# name: options, seeds
+SETTINGS = {
+    "main job": ([], range(5)),
+    "main job, uniform queries": (UNIFORM, range(5)),
+    "long run": ([*LONG, "--steps", "500"], range(3)),
+    "long run, 800 steps": ([*LONG, "--steps", "800"], [0]),
+    # The first steps of more seeds, and without 1/|y|.
+    "long run, first steps": ([*LONG, *SHORT], (3, 4)),
+    "long run, first steps, luspo": ([*LONG, "--algorithm", "luspo", *SHORT], range(5)),
+    "long run, first steps, dr_grpo": ([*LONG, "--algorithm", "dr_grpo", *SHORT], range(5)),
+    "queries, adaptive": ([*FIVE_DIGITS, "--steps", "500"], range(5)),
+    "queries, uniform": ([*FIVE_DIGITS, "--steps", "500", *UNIFORM], range(5)),
+    "GSPO, the paper's clip range": (
+        ["--clip_low", "3e-4", "--clip_high", "4e-4", *SHORT], range(5)),
+    "GRPO": (["--algorithm", "grpo", *SHORT], range(5)),
+    "countdown, 300 steps": (["--task", "countdown", "--steps", "300"], range(5)),
+    "countdown, 400 steps": (["--task", "countdown", "--steps", "400"], range(5)),
+    "sampler bfloat16": (["--sampler", "bfloat16"], range(3)),
+    "sampler int8": (["--sampler", "int8"], range(3)),
+    "dtype bfloat16": (["--dtype", "bfloat16"], range(3)),
+    # What it costs to score a rollout again before the update.
+    "log-probs of the sampler": (["--steps", "60"], (1, 2)),
+    "log-probs recomputed": (["--steps", "60", "--recompute_logp_old"], (1, 2)),
+    "objective reinforce, on-policy": (["--algorithm", "reinforce", "--mini_batches", "1"], [0]),
+    "objective dapo, dynamic sampling, overlong": (
+        ["--algorithm", "dapo", "--dynamic_sampling", "--overlong", "16", *SHORT], [0]),
+}
+# What three sizes of model cost: short runs, whose accuracy says nothing.
+SIZES = {
+    "size 0.3 M": [],
+    "size 3 M": ["--n_layer", "4", "--d_model", "128", "--n_expert", "16", "--d_expert", "128"],
+    "size 20 M": ["--n_layer", "6", "--d_model", "256", "--n_head", "8", "--n_kv_head", "2",
+                  "--n_expert", "16", "--d_expert", "256"],
+}
+for name, options in SIZES.items():
+    SETTINGS[name] = ([*options, "--cold_steps", "200", "--steps", "20"], [0])
+for name in OBJECTIVES:         # to the end of the main job, each with its own clip range
+    SETTINGS[f"objective {name}"] = (["--algorithm", name], [0])
+for name in ("gspo", "grpo"):
+    for kind in ("none", "r2", "r3"):
+        SETTINGS[f"replay {name} {kind}"] = (
+            ["--algorithm", name, "--routing_replay", kind, *SHORT], [0])
+
+
+# ---------------------------------------------------------------------------- experiments
+
+EVIDENCE = RESULTS / "evidence.csv"         # a row for each run
+CURVES = RESULTS / "evidence-curves.csv"    # its held-out accuracies
+SCATTER = RESULTS / "scatter.csv"           # of lab/scatter.py
+SCATTER_LENGTHS = RESULTS / "scatter-lengths.csv"
+
+
+class Experiment(NamedTuple):
+    about: str
+    options: str        # of all arms, as on the command line of train.py
+    arms: dict          # {name: options}
+    seeds: range
+
+
+COUNTDOWN = "--task countdown --queries uniform"
+HUNDRED = "--steps 100 --eval_every 25"
+STALE = "--mini_batches 16 --epochs 2"
+ARITHMETIC = "--queries uniform --steps 80 --eval_every 40"
+GSPO = "--algorithm gspo"
+GRPO = "--algorithm grpo"
+WIDE = f"{GSPO} --clip_low 3e-2 --clip_high 4e-2"       # ten times the default
+METHODS = {"gspo": GSPO, "grpo": GRPO, "grpo, r3": f"{GRPO} --routing_replay r3"}
+# What is one half of GSPO and one half of GRPO: see lab/instruments.py.
+MIXED = {name: f"--algorithm {name}" for name in ("gspo_clip_grpo_weight", "grpo_clip_gspo_weight")}
+OFF = {"gspo": GSPO, "gspo wide": WIDE, "grpo": GRPO}   # for samplers that are off
+EXPERIMENTS = {}
+
+# Few and many optimiser steps on a rollout.
+EXPERIMENTS["fresh"] = Experiment(
+    "Countdown with the default of 4 mini-batches", f"{COUNTDOWN} {HUNDRED}", METHODS, range(5))
+EXPERIMENTS["stale"] = Experiment(
+    "Countdown, 16 mini-batches for 2 epochs, all at the task's learning rate, 6e-4",
+    f"{COUNTDOWN} {HUNDRED} {STALE}",
+    METHODS | MIXED | {"gspo, r3": f"{GSPO} --routing_replay r3"}, range(5))
+
+# The search: clip ranges and learning rates. The lower rates were tried later, because the lowest
+# one had been the best: without the ranges that had been the worst, and in the end with the best
+# ones only.
+RANGES = {
+    "gspo, 1e-3": f"{GSPO} --clip_low 1e-3 --clip_high 1.3e-3",
+    "gspo, 3e-3": GSPO,
+    "gspo, 1e-2": f"{GSPO} --clip_low 1e-2 --clip_high 1.3e-2",
+    "gspo, 3e-2": WIDE,
+    "grpo, 0.05": f"{GRPO} --clip_low 0.05 --clip_high 0.065",
+    "grpo, 0.1": f"{GRPO} --clip_low 0.1 --clip_high 0.13",
+    "grpo, 0.2": GRPO,
+    "grpo, 0.4": f"{GRPO} --clip_low 0.4 --clip_high 0.5",
+    "grpo, no clip": f"{GRPO} --clip_low 1 --clip_high 100",
+}
+RATES = ("4e-5", "7.5e-5", "1.5e-4", "3e-4", "6e-4")
+NOT_SEARCHED = {"7.5e-5": ("gspo, 3e-2", "grpo, 0.4", "grpo, no clip"),
+                "4e-5": set(RANGES) - {"gspo, 3e-3", "grpo, 0.2"}}
+SEARCHED = {}
+for lr, name in itertools.product(RATES, RANGES):
+    if name not in NOT_SEARCHED.get(lr, ()):
+        SEARCHED[f"{name}, lr {lr}"] = f"{RANGES[name]} --lr {lr}"
+EXPERIMENTS["stale-search"] = Experiment(
+    "like stale: learning rates and clip ranges, on a seed that is used for nothing else",
+    f"{COUNTDOWN} --steps 80 --eval_every 20 {STALE}", SEARCHED, [5])
+# The best cells, by the mean of the held-out accuracies up to step 60.
+BEST = {name: SEARCHED[name] for name in ("gspo, 3e-3, lr 7.5e-5", "grpo, 0.2, lr 4e-5")}
+EXPERIMENTS["stale-searched"] = Experiment(
+    "like stale, each with the best learning rate and clip range of the search",
+    f"{COUNTDOWN} {HUNDRED} {STALE}", BEST, range(5))
+
+# The dose: noise of spread sigma on the ratios, see lab/instruments.py. REINFORCE reads no stored
+# log-prob, so that noise changes nothing for it.
+SIGMAS = "124"
+NOISE = {"reinforce, noise 0": "--noise 0 --algorithm reinforce --scale std"}
+for name in ("gspo", "grpo"):
+    NOISE[f"{name}, noise 0"] = f"--noise 0 {OFF[name]}"
+for name, sigma in itertools.product(("gspo", "grpo"), SIGMAS):
+    NOISE[f"{name}, noise {sigma}"] = f"--noise {sigma} {OFF[name]}"
+# About the spread of log s: sigma divided by the root of some 27 tokens.
+FITTED = {"1": "--clip_low 0.2 --clip_high 0.25", "2": "--clip_low 0.4 --clip_high 0.5",
+          "4": "--clip_low 0.8 --clip_high 1"}
+for sigma in SIGMAS:
+    centred = f"--noise {sigma} --centred"
+    NOISE[f"gspo, centred noise {sigma}"] = f"{centred} {GSPO}"
+    NOISE[f"gspo wide, centred noise {sigma}"] = f"{centred} {GSPO} {FITTED[sigma]}"
+    NOISE[f"grpo, centred noise {sigma}"] = f"{centred} {GRPO}"
+NOISE["grpo_dual_clip, centred noise 4"] = "--noise 4 --centred --algorithm grpo_dual_clip"
+for name in MIXED:
+    NOISE[f"{name}, centred noise 4"] = f"--noise 4 --centred {MIXED[name]}"
+for name in ("gspo", "grpo"):
+    NOISE[f"{name}, common noise 1"] = f"--common_noise 1 --centred {OFF[name]}"
+EXPERIMENTS["noise"] = Experiment(
+    "arithmetic, with noise on the ratios", ARITHMETIC, NOISE, range(5))
+
+# Samplers that are not the trainer: in lower precision, or old.
+SAMPLERS = {}
+for sampler, name in itertools.product(("int4", "int8"), OFF):
+    SAMPLERS[f"{name}, {sampler}"] = f"{OFF[name]} --sampler {sampler}"
+for name in ("gspo", "grpo"):
+    SAMPLERS[f"{name}, int4 recomputed"] = f"{OFF[name]} --sampler int4 --recompute_logp_old"
+SAMPLERS["gspo_token, int4 tis"] = "--algorithm gspo_token --sampler int4 --correction tis"
+EXPERIMENTS["sampler"] = Experiment(
+    "arithmetic, the sampler's weights rounded", ARITHMETIC, SAMPLERS, range(5))
+EXPERIMENTS["lag"] = Experiment(
+    "arithmetic, the sampler 8 rollouts old", f"{ARITHMETIC} --lag 8", OFF, range(5))
+EXPERIMENTS["lag-countdown"] = Experiment(
+    "Countdown, the sampler 16 rollouts old", f"{COUNTDOWN} {HUNDRED} --lag 16", OFF, range(5))
+
+
+def command(name, arm, seed):
+    """What to give to python."""
+    experiment = EXPERIMENTS[name]
+    arguments = f"{experiment.options} {experiment.arms[arm]} --threads 1 --seed {seed}".split()
+    instruments = "noise" in arm or arm in MIXED
+    return ["-m", "lab.instruments", *arguments] if instruments else ["train.py", *arguments]
+
+
+def folder(name, arm, seed):
+    return Path("out/evidence") / f"{name} {arm} {seed}".replace(",", "").replace(" ", "-")

@@ -1,0 +1,121 @@
+"""What lab/figures.py and lab/scatter.py compute, beside numbers worked out by hand and slow loops,
+and the runs that lab/plan.py lists."""
+import itertools
+import statistics
+from pathlib import Path
+
+import pytest
+import torch
+
+from lab import experiments, figures, plan, scatter
+
+
+def test_a_comparison_pairs_the_seeds():
+    mine = {"0": 0.5, "1": 0.7, "2": 0.6, "7": 0.0}
+    theirs = {"2": 0.3, "0": 0.4, "1": 0.5}
+    c = figures.compare(mine, theirs)
+    assert c.mean == pytest.approx(0.2)                     # of 0.1, 0.2 and 0.3
+    assert c.error == pytest.approx(0.1 / 3 ** 0.5)
+    assert (c.n_above, c.n_pairs) == (3, 3)
+    # 0.2 / 0.0577 = 3.46 is less than the 4.303 that three pairs need.
+    assert not c.significant
+    # 27 resamples: no more than 2.5 % of them lie outside their least and greatest mean.
+    assert (c.low, c.high) == pytest.approx((0.1, 0.3))
+
+
+def test_five_equal_differences_are_significant_and_a_change_of_sign_is_not():
+    ours = {str(seed): 0.1 * seed for seed in range(5)}
+    above = {seed: accuracy + 0.1 + 0.01 * int(seed) for seed, accuracy in ours.items()}
+    around = {seed: accuracy + 0.1 * (-1) ** int(seed) for seed, accuracy in ours.items()}
+    assert figures.compare(above, ours).significant
+    assert not figures.compare(around, ours).significant
+
+
+def test_every_arm_has_a_command_and_a_folder_of_its_own():
+    folders = []
+    for name, experiment in plan.EXPERIMENTS.items():
+        folders += [plan.folder(name, arm, 0) for arm in experiment.arms]
+        commands = [" ".join(plan.command(name, arm, 0)) for arm in experiment.arms]
+        assert len(set(commands)) == len(commands)
+    assert len(set(folders)) == len(folders)
+
+
+def test_the_pairs_that_are_compared_exist():
+    for name, *arms in figures.PAIRS:
+        assert set(arms) <= set(plan.EXPERIMENTS[name].arms)
+
+
+def test_the_committed_rows_are_of_arms_that_exist():
+    for row in plan.read(plan.EVIDENCE):
+        assert row["arm"] in plan.EXPERIMENTS[row["experiment"]].arms
+
+
+def test_a_run_is_missing_until_it_has_a_row(tmp_path, monkeypatch):
+    monkeypatch.setattr(experiments, "EVIDENCE", tmp_path / "evidence.csv")
+    assert len(experiments.missing_runs("fresh")) == 15
+    row = {"experiment": "fresh", "arm": "grpo", "seed": 3}
+    experiments.append(experiments.EVIDENCE, [row])
+    assert len(experiments.missing_runs("fresh")) == 14
+    assert ("fresh", "grpo", 3) not in experiments.missing_runs("fresh")
+
+
+@pytest.mark.parametrize("arm, spread, low, high, share", [
+    # A normal variable is below -1 or above 1 standard deviation with a chance of 0.1587 each.
+    ("gspo", 0.01, 1 - 2.718281828459045 ** -0.01, 2.718281828459045 ** 0.01 - 1, 0.1587),
+    ("grpo", 0.2, 1 - 2.718281828459045 ** -0.2, 100, 0.1587 / 2),
+    ("grpo", 0.2, 1, 100, 0.0),
+])
+def test_a_gaussian_is_clipped_in_its_tails(arm, spread, low, high, share):
+    row = {"arm": arm, "log_s_mean": "0", "log_s_std": str(spread), "log_w_std": str(spread),
+           "command": f"train.py --algorithm {arm} --clip_low {low} --clip_high {high}"}
+    assert figures.clipped_if_normal(row) == pytest.approx(share, abs=1e-4)
+
+
+@pytest.mark.parametrize("lengths", [(4, 2, 3), (5, 1, 5)])
+def test_the_correlation_is_the_mean_over_all_pairs_of_tokens(lengths):
+    log_w = torch.randn(3, 5, generator=torch.Generator().manual_seed(0))
+    mask = torch.arange(5) < torch.tensor(lengths)[:, None]
+    tokens = [[log_w[i, t].item() for t in range(n)] for i, n in enumerate(lengths)]
+    all_tokens = list(itertools.chain(*tokens))
+    mean = statistics.fmean(all_tokens)
+    products = []
+    for response in tokens:
+        products += [(x - mean) * (y - mean) for x, y in itertools.combinations(response, 2)]
+    expected = statistics.fmean(products) / statistics.pvariance(all_tokens)
+    assert scatter.correlation(log_w, mask) == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_common_part_gives_the_correlation_and_the_spread_of_log_s_that_it_should():
+    """Tokens with variance 1, of which a quarter is common to a response of 16 tokens."""
+    generator = torch.Generator().manual_seed(0)
+    own = torch.randn(20_000, 16, generator=generator) * 0.75 ** 0.5
+    common = torch.randn(20_000, 1, generator=generator) * 0.25 ** 0.5
+    found = scatter.spreads(own + common, torch.ones(20_000, 16, dtype=torch.bool))
+    assert found["log_w_std"] == pytest.approx(1, abs=0.02)
+    assert found["correlation"] == pytest.approx(0.25, abs=0.02)
+    # sigma sqrt((1 + (L-1) rho) / L)
+    assert found["log_s_std"] == pytest.approx(((1 + 15 * 0.25) / 16) ** 0.5, abs=0.02)
+
+
+def test_buckets_go_from_short_to_long_responses():
+    mask = torch.arange(8) < torch.tensor([7, 1, 8, 2, 4, 3, 6, 5])[:, None]
+    buckets = scatter.by_length(torch.ones(8, 8), mask)
+    assert [bucket["length"] for bucket in buckets] == [1.5, 3.5, 5.5, 7.5]
+    # Every log w is 1: the sum is the length, the mean is 1.
+    assert [bucket["sum_std"] for bucket in buckets] == [0.5] * 4
+    assert [bucket["log_s_std"] for bucket in buckets] == [0] * 4
+
+
+def test_replay_takes_the_part_of_the_router_away(tmp_path, monkeypatch):
+    """A short run, its rollout scored with the old experts and with today's."""
+    monkeypatch.chdir(tmp_path)
+    options = ("--cold_steps 30 --cold_tokens 400 --max_digits 1 --steps 1 --threads 1 "
+               "--device cpu --lr 0.01 --out run")
+    scatter.train.main(options.split())
+    row, lengths = scatter.measure(Path("run"))
+    layers = [row[f"expert_change_{layer}"] for layer in range(3)]
+    assert 0 < max(layers) < 1
+    assert row["changed"] >= max(layers)
+    assert 0 < row["log_w_std_routing"] < row["log_w_std"]
+    assert row["log_w_std_replayed"] > 0
+    assert [line["part"] for line in lengths] == ["all"] * 4 + ["replayed"] * 4 + ["routing"] * 4
