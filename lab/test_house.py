@@ -61,7 +61,7 @@ def test_the_functions_that_the_readme_names_exist():
         assert name in defined, f"{name} is not in {file}"
 
 
-@pytest.mark.parametrize("page", ["README.md", "results/README.md"])
+@pytest.mark.parametrize("page", ["README.md", "results/README.md", "results/doubts.md"])
 def test_links_to_files_lead_somewhere(page):
     text = (HOUSE / page).read_text(encoding="utf-8")
     for link in re.findall(r"\]\(([^)#]+)[^)]*\)", text):
