@@ -296,8 +296,8 @@ def cold_start(run: Run, fresh: bool) -> float:
 def cold_start_key(run: Run) -> str:
     """A name for all that decides a cold start: options, task, code, vocabulary, version of torch,
     kind of device."""
-    names = [field.name for part in (ModelOptions, ColdStartOptions)
-             for field in dataclasses.fields(part)]
+    fields = (*dataclasses.fields(ModelOptions), *dataclasses.fields(ColdStartOptions))
+    names = [field.name for field in fields]
     names += ["task", "seed", "threads", "max_grad_norm"]
     options = {name: getattr(run.config, name) for name in names}
     code = [code_of(x) for x in (

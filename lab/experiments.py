@@ -94,8 +94,8 @@ def measure(name, options, seed, commit):
            "commit": commit, "machine": machine()}
     summary = json.loads((out / "summary.json").read_text())
     row |= summary.pop("measures")
-    row |= {f"{name}_cold_start": value
-            for name, value in summary.pop("measures_cold_start").items()}
+    row |= {f"{column}_cold_start": value
+            for column, value in summary.pop("measures_cold_start").items()}
     row |= summary
     row["reward_last_50"] = mean_of(every_step[-50:], "reward")
     row[f"accuracy_{COMPARED}"] = compared[-1]["accuracy"]
@@ -199,9 +199,11 @@ def main(words):
         sys.exit(f"experiments: {', '.join(sorted(unknown))}: no such setting or experiment; "
                  "without a name you see all")
     if "--table" in words:
-        return figures.print_all()
+        figures.print_all()
     if "--draw" in words:
-        return figures.draw_all()
+        figures.draw_all()
+    if "--table" in words or "--draw" in words:
+        return
     if not words:
         return show_missing()
     # Asked once: the tables that are written make the checkout dirty.

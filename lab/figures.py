@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 import gspo
 from lab.plan import (BEST, COMPARED, CURVES, EVALUATIONS, EVIDENCE, EXPERIMENTS, METHODS, MIXED,
-                      RANGES, RATES, RESULTS, RUNS, SCATTER, SCATTER_LENGTHS, SIGMAS, mean_of, read)
+                      RANGES, RATES, REGIMES, RESULTS, RUNS, SCATTER, SCATTER_LENGTHS, SIGMAS,
+                      mean_of, read)
 
 
 def endings(name, arm):
@@ -20,7 +21,7 @@ def endings(name, arm):
 # ---------------------------------------------------------------------------- comparing
 
 # Student's t beyond which a difference of so many pairs is significant at 5 %, two-sided.
-CRITICAL_T = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}
+CRITICAL_T = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571}
 PAIRS = [
     ("fresh", "gspo", "grpo"), ("fresh", "grpo, r3", "grpo"), ("stale", "gspo", "grpo"),
     ("stale", "gspo", "grpo, r3"), ("stale", "grpo, r3", "grpo"), ("stale", "gspo, r3", "gspo"),
@@ -33,7 +34,7 @@ PAIRS = [
     *(("noise", f"{name}, noise 4", f"{name}, noise 0") for name in ("gspo", "grpo")),
     *(("noise", f"gspo, centred noise {sigma}", f"grpo, centred noise {sigma}")
       for sigma in SIGMAS),
-    *(("noise", f"gspo wide, centred noise {sigma}", f"gspo, centred noise {sigma}")
+    *(("noise", f"gspo fitted, centred noise {sigma}", f"gspo, centred noise {sigma}")
       for sigma in SIGMAS),
     *(("noise", f"{name}, centred noise 4", f"{name}, noise 0") for name in ("gspo", "grpo")),
     *(("noise", f"{name}, centred noise 4", "grpo, centred noise 4")
@@ -78,6 +79,7 @@ def compare(mine, theirs):
 # ---------------------------------------------------------------------------- tables
 
 def print_comparisons():
+    print(f"\n{len(PAIRS)} comparisons. With no effect at all, one t test in 20 is significant.")
     print("\n| experiment | difference | mean ± standard error | interval | above on | t test |")
     print("|---|---|---|---|---|---|")
     for name, arm, other in PAIRS:
@@ -153,7 +155,7 @@ def print_all():
     print_experiments()
     print_comparisons()
     print_search()
-    print_by(SCATTER, "setting", [
+    print_by(SCATTER, "regime", [
         "length", "log_w_std", "log_s_std", "correlation", "log_w_std_replayed",
         "log_s_std_replayed", "correlation_replayed", "log_w_std_routing", "log_s_std_routing",
         "correlation_routing", "expert_change_0", "expert_change_1", "expert_change_2", "changed",
@@ -168,6 +170,7 @@ STYLES = {
     "grpo, r3": ("#7d4f9e", ":", "^"), "gspo_clip_grpo_weight": ("#2a9d8f", "-.", "v"),
     "grpo_clip_gspo_weight": ("#b23a48", (0, (5, 1)), "D"),
     "grpo_dual_clip": ("#6b705c", (0, (1, 1)), "P"), "gspo wide": ("#6fa8dc", ":", "X"),
+    "gspo fitted": ("#6fa8dc", ":", "X"), "gspo_token, TIS": ("#1f5fa8", "-", "*"),
 }
 
 
@@ -269,11 +272,12 @@ def draw_stale_search(plt):
 def draw_noise(plt):
     """results/noise.png: accuracy over the spread of noise on the token ratios."""
     figure, axes = panels(plt, 3, width=15)
-    no_ratio = statistics.fmean(endings("noise", "reinforce, noise 0").values())
+    no_ratio = endings("noise", "reinforce, noise 0").values()
     for axis in axes:
-        axis.axhline(no_ratio, color="black", linewidth=0.8, label="reinforce: no ratio")
+        axis.axhline(statistics.fmean(no_ratio), color="black", linewidth=0.8,
+                     label="reinforce: no ratio")
     for axis, kind in zip(axes, ("noise", "centred noise")):
-        for method in ("gspo", "gspo wide", "grpo"):
+        for method in ("gspo", "gspo fitted", "grpo"):
             found = {0: endings("noise", f"{method}, noise 0")}
             found |= {int(sigma): endings("noise", f"{method}, {kind} {sigma}") for sigma in SIGMAS}
             found = {sigma: list(of_seed.values()) for sigma, of_seed in found.items() if of_seed}
@@ -287,9 +291,9 @@ def draw_noise(plt):
         axis.set_xlabel("spread of the noise on log w, each token for itself (sigma)")
         axis.legend(fontsize=8)
     axes[0].set_ylabel("held-out accuracy after 80 steps, arithmetic")
-    axes[0].set_title("the mean of w stays: log s moves by -sigma²/2")
-    axes[1].set_title("the mean of log w stays: log s stays")
-    mixed = ("gspo", "gspo wide", "grpo", "grpo_dual_clip", *MIXED)
+    axes[0].set_title("noise of mean 1 on w: log s shifts by -sigma²/2")
+    axes[1].set_title("noise of mean 0 on log w: no shift")
+    mixed = ("gspo", "gspo fitted", "grpo", "grpo_dual_clip", *MIXED)
     draw_places(axes[2], "noise", {
         "each token,\ncentred, sigma 4": {method: f"{method}, centred noise 4" for method in mixed},
         "each response,\ncentred, sigma 1": {method: f"{method}, common noise 1"
@@ -301,12 +305,13 @@ def draw_noise(plt):
 def draw_samplers(plt):
     """results/samplers.png: accuracy with samplers that are not the trainer."""
     figure, axes = panels(plt, 3, width=14, sharey=False)
+    axes[1].sharey(axes[0])
     methods = ("gspo", "gspo wide", "grpo")
-    rounded = {kind: {method: f"{method}, {kind}" for method in methods}
+    coarse = {kind: {method: f"{method}, {kind}" for method in methods}
                for kind in ("int8", "int4")}
-    rounded["int4,\nrecomputed"] = {name: f"{name}, int4 recomputed" for name in ("gspo", "grpo")}
-    rounded["int4, TIS"] = {"gspo": "gspo_token, int4 tis"}
-    draw_places(axes[0], "sampler", rounded)
+    coarse["int4,\nrecomputed"] = {name: f"{name}, int4 recomputed" for name in ("gspo", "grpo")}
+    coarse["int4, TIS"] = {"gspo_token, TIS": "gspo_token, int4 tis"}
+    draw_places(axes[0], "sampler", coarse)
     same = {method: method for method in methods}
     draw_places(axes[1], "lag", {"8 rollouts old": same})
     draw_places(axes[2], "lag-countdown", {"16 rollouts old": same})
@@ -327,8 +332,8 @@ def clip_range(row):
 
 def clipped_if_normal(row):
     """The share of tokens that the range of a row of EVIDENCE would clip if log-ratios were normal,
-    with the mean and spread that were measured, and had nothing to do with the advantages, half of
-    which are negative."""
+    with the spread that was measured and the mean of log s, and had nothing to do with the
+    advantages, half of which are negative."""
     spread = row["log_s_std"] if "gspo" in row["arm"] else row["log_w_std"]
     ratio = statistics.NormalDist(float(row["log_s_mean"]), float(spread))
     low, high = clip_range(row)
@@ -365,13 +370,14 @@ PARTS_OF_SPREAD = {"sum_std": ("sum of log w over the response", "#d9822b", "--"
                    "log_s_std": ("log s, their mean", "#1f5fa8", "-")}
 
 
-def draw_lengths(axis, setting):
+def draw_lengths(axis, regime):
     """Spreads over the length of the response, a point for each bucket of lengths: mean of the
     seeds."""
-    rows = [row for row in read(SCATTER_LENGTHS)
-            if row["setting"] == setting and row["part"] == "all"]
-    n_buckets = len({row["length"] for row in rows if row["seed"] == "0"})
-    buckets = [rows[i::n_buckets] for i in range(n_buckets)]
+    rows = [row for row in read(SCATTER_LENGTHS) if row["regime"] == regime]
+    buckets = {}            # {number: its rows, one for each seed}
+    for row in rows:
+        buckets.setdefault(row["bucket"], []).append(row)
+    buckets = list(buckets.values())
     lengths = [mean_of(bucket, "length") for bucket in buckets]
     for column, (label, colour, line) in PARTS_OF_SPREAD.items():
         axis.plot(lengths, [mean_of(bucket, column) for bucket in buckets], color=colour,
@@ -382,40 +388,41 @@ def draw_lengths(axis, setting):
               label="log s if tokens were independent")
     axis.set_xscale("log")
     axis.set_yscale("log")
-    axis.set_title(setting)
+    axis.set_title(regime)
     axis.set_xlabel("tokens in the response")
 
 
 def draw_scatter(plt):
     """results/scatter.png: spreads over length, and of tokens whose experts changed."""
     figure, axes = panels(plt, 4, width=17, sharey=False)
-    settings = ("arithmetic, 4 updates", "Countdown, 4 updates", "Countdown, 32 updates")
-    for axis, setting in zip(axes, settings):
-        draw_lengths(axis, setting)
+    regimes = ("arithmetic, 4 updates", "Countdown, 4 updates", "Countdown, 32 updates")
+    for axis, regime in zip(axes, regimes):
+        draw_lengths(axis, regime)
     axes[0].set_ylabel("standard deviation")
     axes[0].legend(fontsize=7)
     kinds = {"log_w_std_changed": ("experts changed", "#b23a48", "o"),
              "log_w_std_changed_replayed": ("the same tokens, old experts", "#2a9d8f", "v"),
              "log_w_std_unchanged": ("experts unchanged", "#6b705c", "s")}
-    names = list(dict.fromkeys(row["setting"] for row in read(SCATTER)))
+    rows = read(SCATTER)
     for column, (label, colour, marker) in kinds.items():
-        for place, name in enumerate(names):
-            values = [float(row[column]) for row in read(SCATTER) if row["setting"] == name]
+        for place, name in enumerate(REGIMES):
+            values = [float(row[column]) for row in rows if row["regime"] == name]
             axes[3].plot([place] * len(values), values, color=colour, marker=marker,
                          linestyle="", alpha=0.6, label=None if place else label)
     axes[3].set_yscale("log")
     axes[3].set_title("spread of log w of tokens whose ...")
-    axes[3].set_xticks(range(len(names)), [name.replace(", ", ",\n") for name in names],
+    axes[3].set_xticks(range(len(REGIMES)), [name.replace(", ", ",\n") for name in REGIMES],
                        fontsize=7)
     axes[3].legend(fontsize=7)
     figure.savefig(RESULTS / "scatter.png", dpi=110)
 
 
-def accuracies(setting, ending=None):
-    """{step: {seed: mean held-out accuracy}} of a setting, over all kinds or those that end so."""
+def accuracies(setting, suffix=None):
+    """{step: {seed: mean held-out accuracy}} of a setting, over all kinds of problem or those
+    that end in `suffix`."""
     found = {}
     for row in read(EVALUATIONS):
-        if row["setting"] == setting and ending in (None, row["kind"][1:]):
+        if row["setting"] == setting and suffix in (None, row["kind"][1:]):
             of_step = found.setdefault(int(row["step"]), {})
             of_step.setdefault(row["seed"], []).append(float(row["accuracy"]))
     return {step: {seed: statistics.fmean(values) for seed, values in of_step.items()}
@@ -430,9 +437,9 @@ def draw_queries(plt):
     plots = ((main, None, "main job"), (five, None, "1 to 5 digits"), (five, "4", "4 digits"),
              (five, "5", "5 digits"))
     figure, axes = plt.subplots(1, 4, figsize=(16, 3.5), layout="constrained")
-    for axis, (settings, ending, title) in zip(axes, plots):
+    for axis, (settings, suffix, title) in zip(axes, plots):
         for setting, label in zip(settings, ("adaptive", "uniform")):
-            of_step = accuracies(setting, ending)
+            of_step = accuracies(setting, suffix)
             values = [list(of_seed.values()) for of_seed in of_step.values()]
             axis.plot(list(of_step), [statistics.fmean(v) for v in values], marker="o", label=label)
             axis.fill_between(list(of_step), [min(v) for v in values], [max(v) for v in values],
@@ -449,10 +456,7 @@ def draw_all():
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
-    draw_stale(plt)
-    draw_stale_search(plt)
-    draw_noise(plt)
-    draw_samplers(plt)
-    draw_clip(plt)
-    draw_scatter(plt)
-    draw_queries(plt)
+    for draw in (draw_stale, draw_stale_search, draw_noise, draw_samplers, draw_clip, draw_scatter,
+                 draw_queries):
+        draw(plt)
+        plt.close()

@@ -2,6 +2,7 @@
 
 GRPO has a ratio for every token, GSPO one for the whole response. Both stand beside the experts
 that predicted the token: when it was sampled and, where that is not the same, after the update."""
+import itertools
 import sys
 from math import log
 from typing import NamedTuple
@@ -88,7 +89,7 @@ def page(tokens, change, largest, ranges):
     texts = [[expert_text(old, new) for old, new in zip(*layer)]
              for layer in zip(change.old_routes, change.new_routes)]        # [layer][token]
     n_layer = len(texts)
-    cell = 2 + max(len(f"layer {n_layer - 1}"), *(len(text) for layer in texts for text in layer))
+    cell = 2 + max(len(f"layer {n_layer - 1}"), *map(len, itertools.chain(*texts)))
     layers = range(max(0, n_layer - (WIDTH - REST) // cell), n_layer)       # the deepest that fit
     header = "".join(f"layer {i}".ljust(cell) for i in layers)
     axis = f"{-largest:<+{BAR // 2}.2g}0{largest:>+{BAR // 2}.2g}"

@@ -59,7 +59,7 @@ INSTRUMENTS = {
                                        (0.2, 0.27), "std"),
 }
 # What would replace the stored log-probs, or use them for more than the ratio.
-NOT_WITH_NOISE = ("--recompute_logp_old", "--correction", "--dynamic_sampling", "ppo", "r2")
+NOT_WITH_NOISE = ("--recompute_logp_old", "--correction", "ppo", "r2")
 
 
 def noise(logp: Tensor, sigma: float, common: float, centred: bool, rng: random.Random) -> Tensor:
@@ -96,8 +96,9 @@ def main():
     parser.add_argument("--centred", action="store_true", help="the mean of log w stays")
     options, others = parser.parse_known_args()
     noisy = options.noise or options.common_noise
+    words = " ".join(others).replace("=", " ").split()
     for word in NOT_WITH_NOISE:
-        if noisy and word in others:
+        if noisy and word in words:
             sys.exit(f"instruments: {word} does not go together with noise; leave one out")
     gspo.ALGORITHMS.update(INSTRUMENTS)
     import train        # now its --algorithm can be each of them

@@ -83,8 +83,6 @@ for name in ("gspo", "grpo"):
 
 EVIDENCE = RESULTS / "evidence.csv"         # a row for each run
 CURVES = RESULTS / "evidence-curves.csv"    # its held-out accuracies
-SCATTER = RESULTS / "scatter.csv"           # of lab/scatter.py
-SCATTER_LENGTHS = RESULTS / "scatter-lengths.csv"
 
 
 class Experiment(NamedTuple):
@@ -104,7 +102,7 @@ WIDE = f"{GSPO} --clip_low 3e-2 --clip_high 4e-2"       # ten times the default
 METHODS = {"gspo": GSPO, "grpo": GRPO, "grpo, r3": f"{GRPO} --routing_replay r3"}
 # What is one half of GSPO and one half of GRPO: see lab/instruments.py.
 MIXED = {name: f"--algorithm {name}" for name in ("gspo_clip_grpo_weight", "grpo_clip_gspo_weight")}
-OFF = {"gspo": GSPO, "gspo wide": WIDE, "grpo": GRPO}   # for samplers that are off
+WITH_WIDE = {"gspo": GSPO, "gspo wide": WIDE, "grpo": GRPO}
 EXPERIMENTS = {}
 
 # Few and many optimiser steps on a rollout.
@@ -115,9 +113,8 @@ EXPERIMENTS["stale"] = Experiment(
     f"{COUNTDOWN} {HUNDRED} {STALE}",
     METHODS | MIXED | {"gspo, r3": f"{GSPO} --routing_replay r3"}, range(5))
 
-# The search: clip ranges and learning rates. The lower rates were tried later, because the lowest
-# one had been the best: without the ranges that had been the worst, and in the end with the best
-# ones only.
+# The search: clip ranges and learning rates. Lower rates were added after the lowest one had turned
+# out best: 7.5e-5 without the widest ranges, 4e-5 with the best range of each method only.
 RANGES = {
     "gspo, 1e-3": f"{GSPO} --clip_low 1e-3 --clip_high 1.3e-3",
     "gspo, 3e-3": GSPO,
@@ -130,8 +127,8 @@ RANGES = {
     "grpo, no clip": f"{GRPO} --clip_low 1 --clip_high 100",
 }
 RATES = ("4e-5", "7.5e-5", "1.5e-4", "3e-4", "6e-4")
-NOT_SEARCHED = {"7.5e-5": ("gspo, 3e-2", "grpo, 0.4", "grpo, no clip"),
-                "4e-5": set(RANGES) - {"gspo, 3e-3", "grpo, 0.2"}}
+NOT_SEARCHED = {"7.5e-5": ["gspo, 3e-2", "grpo, 0.4", "grpo, no clip"],
+                "4e-5": [name for name in RANGES if name not in ("gspo, 3e-3", "grpo, 0.2")]}
 SEARCHED = {}
 for lr, name in itertools.product(RATES, RANGES):
     if name not in NOT_SEARCHED.get(lr, ()):
@@ -145,43 +142,44 @@ EXPERIMENTS["stale-searched"] = Experiment(
     "like stale, each with the best learning rate and clip range of the search",
     f"{COUNTDOWN} {HUNDRED} {STALE}", BEST, range(5))
 
-# The dose: noise of spread sigma on the ratios, see lab/instruments.py. REINFORCE reads no stored
+# Noise of spread sigma on the token ratios, see lab/instruments.py. REINFORCE reads no stored
 # log-prob, so that noise changes nothing for it.
-SIGMAS = "124"
+SIGMAS = ("1", "2", "4")
 NOISE = {"reinforce, noise 0": "--noise 0 --algorithm reinforce --scale std"}
 for name in ("gspo", "grpo"):
-    NOISE[f"{name}, noise 0"] = f"--noise 0 {OFF[name]}"
+    NOISE[f"{name}, noise 0"] = f"--noise 0 {WITH_WIDE[name]}"
 for name, sigma in itertools.product(("gspo", "grpo"), SIGMAS):
-    NOISE[f"{name}, noise {sigma}"] = f"--noise {sigma} {OFF[name]}"
-# About the spread of log s: sigma divided by the root of some 27 tokens.
+    NOISE[f"{name}, noise {sigma}"] = f"--noise {sigma} {WITH_WIDE[name]}"
+# In proportion to sigma: about two thirds of the spread that log s then has.
 FITTED = {"1": "--clip_low 0.2 --clip_high 0.25", "2": "--clip_low 0.4 --clip_high 0.5",
           "4": "--clip_low 0.8 --clip_high 1"}
 for sigma in SIGMAS:
     centred = f"--noise {sigma} --centred"
     NOISE[f"gspo, centred noise {sigma}"] = f"{centred} {GSPO}"
-    NOISE[f"gspo wide, centred noise {sigma}"] = f"{centred} {GSPO} {FITTED[sigma]}"
+    NOISE[f"gspo fitted, centred noise {sigma}"] = f"{centred} {GSPO} {FITTED[sigma]}"
     NOISE[f"grpo, centred noise {sigma}"] = f"{centred} {GRPO}"
 NOISE["grpo_dual_clip, centred noise 4"] = "--noise 4 --centred --algorithm grpo_dual_clip"
 for name in MIXED:
     NOISE[f"{name}, centred noise 4"] = f"--noise 4 --centred {MIXED[name]}"
 for name in ("gspo", "grpo"):
-    NOISE[f"{name}, common noise 1"] = f"--common_noise 1 --centred {OFF[name]}"
+    NOISE[f"{name}, common noise 1"] = f"--common_noise 1 --centred {WITH_WIDE[name]}"
 EXPERIMENTS["noise"] = Experiment(
     "arithmetic, with noise on the ratios", ARITHMETIC, NOISE, range(5))
 
 # Samplers that are not the trainer: in lower precision, or old.
 SAMPLERS = {}
-for sampler, name in itertools.product(("int4", "int8"), OFF):
-    SAMPLERS[f"{name}, {sampler}"] = f"{OFF[name]} --sampler {sampler}"
+for sampler, name in itertools.product(("int4", "int8"), WITH_WIDE):
+    SAMPLERS[f"{name}, {sampler}"] = f"{WITH_WIDE[name]} --sampler {sampler}"
 for name in ("gspo", "grpo"):
-    SAMPLERS[f"{name}, int4 recomputed"] = f"{OFF[name]} --sampler int4 --recompute_logp_old"
+    SAMPLERS[f"{name}, int4 recomputed"] = f"{WITH_WIDE[name]} --sampler int4 --recompute_logp_old"
 SAMPLERS["gspo_token, int4 tis"] = "--algorithm gspo_token --sampler int4 --correction tis"
 EXPERIMENTS["sampler"] = Experiment(
     "arithmetic, the sampler's weights rounded", ARITHMETIC, SAMPLERS, range(5))
 EXPERIMENTS["lag"] = Experiment(
-    "arithmetic, the sampler 8 rollouts old", f"{ARITHMETIC} --lag 8", OFF, range(5))
+    "arithmetic, the sampler 8 rollouts old", f"{ARITHMETIC} --lag 8", WITH_WIDE, range(5))
 EXPERIMENTS["lag-countdown"] = Experiment(
-    "Countdown, the sampler 16 rollouts old", f"{COUNTDOWN} {HUNDRED} --lag 16", OFF, range(5))
+    "Countdown, the sampler 16 rollouts old", f"{COUNTDOWN} {HUNDRED} --lag 16", WITH_WIDE,
+    range(5))
 
 
 def command(name, arm, seed):
@@ -194,3 +192,17 @@ def command(name, arm, seed):
 
 def folder(name, arm, seed):
     return Path("out/evidence") / f"{name} {arm} {seed}".replace(",", "").replace(" ", "-")
+
+
+# ---------------------------------------------------------------------------- lab/scatter.py
+
+SCATTER = RESULTS / "scatter.csv"           # a row for each regime and seed
+SCATTER_LENGTHS = RESULTS / "scatter-lengths.csv"
+REGIMES = {
+    "arithmetic, 4 updates": "",
+    "arithmetic, lag 8": "--lag 8",
+    "arithmetic, int4": "--sampler int4",
+    "Countdown, 4 updates": "--task countdown",
+    "Countdown, 32 updates": f"--task countdown {STALE}",
+    "Countdown, lag 16": "--task countdown --lag 16",
+}

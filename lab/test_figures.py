@@ -19,11 +19,11 @@ def test_a_comparison_pairs_the_seeds():
     assert (c.n_above, c.n_pairs) == (3, 3)
     # 0.2 / 0.0577 = 3.46 is less than the 4.303 that three pairs need.
     assert not c.significant
-    # 27 resamples: no more than 2.5 % of them lie outside their least and greatest mean.
+    # 2.5 % of 27 resamples is less than one: the bounds are the least and the greatest mean.
     assert (c.low, c.high) == pytest.approx((0.1, 0.3))
 
 
-def test_five_equal_differences_are_significant_and_a_change_of_sign_is_not():
+def test_five_differences_of_one_sign_are_significant_and_of_both_signs_are_not():
     ours = {str(seed): 0.1 * seed for seed in range(5)}
     above = {seed: accuracy + 0.1 + 0.01 * int(seed) for seed, accuracy in ours.items()}
     around = {seed: accuracy + 0.1 * (-1) ** int(seed) for seed, accuracy in ours.items()}
@@ -118,4 +118,12 @@ def test_replay_takes_the_part_of_the_router_away(tmp_path, monkeypatch):
     assert row["changed"] >= max(layers)
     assert 0 < row["log_w_std_routing"] < row["log_w_std"]
     assert row["log_w_std_replayed"] > 0
-    assert [line["part"] for line in lengths] == ["all"] * 4 + ["replayed"] * 4 + ["routing"] * 4
+    assert [bucket["bucket"] for bucket in lengths] == [0, 1, 2, 3]
+
+
+def test_every_figure_can_be_drawn_from_the_committed_tables(tmp_path, monkeypatch):
+    monkeypatch.setattr(figures, "RESULTS", tmp_path)
+    figures.draw_all()
+    drawn = {path.name for path in tmp_path.glob("*.png")}
+    assert drawn == {"stale.png", "stale-search.png", "noise.png", "samplers.png", "clip.png",
+                     "scatter.png", "queries.png"}
