@@ -24,7 +24,7 @@ def endings(name, arm):
 CRITICAL_T = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571}
 PAIRS = [
     ("fresh", "gspo", "grpo"), ("fresh", "grpo, r3", "grpo"), ("stale", "gspo", "grpo"),
-    ("stale", "gspo", "grpo, r3"), ("stale", "grpo, r3", "grpo"), ("stale", "gspo, r3", "gspo"),
+    ("stale", "gspo", "grpo, r3"), ("stale", "reinforce", "grpo"), ("stale", "grpo, r3", "grpo"), ("stale", "gspo, r3", "gspo"),
     ("stale", "gspo_clip_grpo_weight", "grpo"), ("stale", "gspo", "gspo_clip_grpo_weight"),
     ("stale", "grpo_clip_gspo_weight", "grpo"), ("stale", "gspo", "grpo_clip_gspo_weight"),
     ("stale-searched", *BEST),
@@ -307,8 +307,8 @@ def draw_samplers(plt):
     figure, axes = panels(plt, 3, width=14, sharey=False)
     axes[1].sharey(axes[0])
     methods = ("gspo", "gspo wide", "grpo")
-    coarse = {kind: {method: f"{method}, {kind}" for method in methods}
-               for kind in ("int8", "int4")}
+    coarse = {"int8": {name: f"{name}, int8" for name in ("gspo", "grpo")},
+              "int4": {method: f"{method}, int4" for method in methods}}
     coarse["int4,\nrecomputed"] = {name: f"{name}, int4 recomputed" for name in ("gspo", "grpo")}
     coarse["int4, TIS"] = {"gspo_token, TIS": "gspo_token, int4 tis"}
     draw_places(axes[0], "sampler", coarse)

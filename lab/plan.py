@@ -102,6 +102,7 @@ WIDE = f"{GSPO} --clip_low 3e-2 --clip_high 4e-2"       # ten times the default
 METHODS = {"gspo": GSPO, "grpo": GRPO, "grpo, r3": f"{GRPO} --routing_replay r3"}
 # What is one half of GSPO and one half of GRPO: see lab/instruments.py.
 MIXED = {name: f"--algorithm {name}" for name in ("gspo_clip_grpo_weight", "grpo_clip_gspo_weight")}
+REINFORCE = "--algorithm reinforce --scale std"         # no ratio, otherwise like GRPO
 WITH_WIDE = {"gspo": GSPO, "gspo wide": WIDE, "grpo": GRPO}
 EXPERIMENTS = {}
 
@@ -111,7 +112,7 @@ EXPERIMENTS["fresh"] = Experiment(
 EXPERIMENTS["stale"] = Experiment(
     "Countdown, 16 mini-batches for 2 epochs, all at the task's learning rate, 6e-4",
     f"{COUNTDOWN} {HUNDRED} {STALE}",
-    METHODS | MIXED | {"gspo, r3": f"{GSPO} --routing_replay r3"}, range(5))
+    METHODS | MIXED | {"gspo, r3": f"{GSPO} --routing_replay r3", "reinforce": REINFORCE}, range(5))
 
 # The search: clip ranges and learning rates. Lower rates were added after the lowest one had turned
 # out best: 7.5e-5 without the widest ranges, 4e-5 with the best range of each method only.
@@ -145,7 +146,7 @@ EXPERIMENTS["stale-searched"] = Experiment(
 # Noise of spread sigma on the token ratios, see lab/instruments.py. REINFORCE reads no stored
 # log-prob, so that noise changes nothing for it.
 SIGMAS = ("1", "2", "4")
-NOISE = {"reinforce, noise 0": "--noise 0 --algorithm reinforce --scale std"}
+NOISE = {"reinforce, noise 0": f"--noise 0 {REINFORCE}"}
 for name in ("gspo", "grpo"):
     NOISE[f"{name}, noise 0"] = f"--noise 0 {WITH_WIDE[name]}"
 for name, sigma in itertools.product(("gspo", "grpo"), SIGMAS):
@@ -168,8 +169,10 @@ EXPERIMENTS["noise"] = Experiment(
 
 # Samplers that are not the trainer: in lower precision, or old.
 SAMPLERS = {}
-for sampler, name in itertools.product(("int4", "int8"), WITH_WIDE):
-    SAMPLERS[f"{name}, {sampler}"] = f"{WITH_WIDE[name]} --sampler {sampler}"
+for name in WITH_WIDE:
+    SAMPLERS[f"{name}, int4"] = f"{WITH_WIDE[name]} --sampler int4"
+for name in ("gspo", "grpo"):
+    SAMPLERS[f"{name}, int8"] = f"{WITH_WIDE[name]} --sampler int8"
 for name in ("gspo", "grpo"):
     SAMPLERS[f"{name}, int4 recomputed"] = f"{WITH_WIDE[name]} --sampler int4 --recompute_logp_old"
 SAMPLERS["gspo_token, int4 tis"] = "--algorithm gspo_token --sampler int4 --correction tis"
