@@ -24,7 +24,8 @@ def endings(name, arm):
 CRITICAL_T = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571}
 PAIRS = [
     ("fresh", "gspo", "grpo"), ("fresh", "grpo, r3", "grpo"), ("stale", "gspo", "grpo"),
-    ("stale", "gspo", "grpo, r3"), ("stale", "reinforce", "grpo"), ("stale", "grpo, r3", "grpo"), ("stale", "gspo, r3", "gspo"),
+    ("stale", "gspo", "grpo, r3"), ("stale", "grpo, r3", "grpo"), ("stale", "gspo, r3", "gspo"),
+    ("stale", "reinforce", "grpo"),
     ("stale", "gspo_clip_grpo_weight", "grpo"), ("stale", "gspo", "gspo_clip_grpo_weight"),
     ("stale", "grpo_clip_gspo_weight", "grpo"), ("stale", "gspo", "grpo_clip_gspo_weight"),
     ("stale-searched", *BEST),
@@ -170,7 +171,7 @@ STYLES = {
     "grpo, r3": ("#7d4f9e", ":", "^"), "gspo_clip_grpo_weight": ("#2a9d8f", "-.", "v"),
     "grpo_clip_gspo_weight": ("#b23a48", (0, (5, 1)), "D"),
     "grpo_dual_clip": ("#6b705c", (0, (1, 1)), "P"), "gspo wide": ("#6fa8dc", ":", "X"),
-    "gspo fitted": ("#6fa8dc", ":", "X"), "gspo_token, TIS": ("#1f5fa8", "-", "*"),
+    "gspo fitted": ("#6fa8dc", ":", "X"), "reinforce": ("#333333", "-", "."), "gspo_token, TIS": ("#1f5fa8", "-", "*"),
 }
 
 
