@@ -171,7 +171,8 @@ STYLES = {
     "grpo, r3": ("#7d4f9e", ":", "^"), "gspo_clip_grpo_weight": ("#2a9d8f", "-.", "v"),
     "grpo_clip_gspo_weight": ("#b23a48", (0, (5, 1)), "D"),
     "grpo_dual_clip": ("#6b705c", (0, (1, 1)), "P"), "gspo wide": ("#6fa8dc", ":", "X"),
-    "gspo fitted": ("#6fa8dc", ":", "X"), "reinforce": ("#333333", "-", "."), "gspo_token, TIS": ("#1f5fa8", "-", "*"),
+    "gspo fitted": ("#6fa8dc", ":", "X"), "reinforce": ("#333333", "-", "."),
+    "gspo_token, TIS": ("#1f5fa8", "-", "*"),
 }
 
 
@@ -270,27 +271,49 @@ def draw_stale_search(plt):
     figure.savefig(RESULTS / "stale-search.png", dpi=110)
 
 
+# Where log w scatters by itself: (experiment, arm) of GRPO.
+NATURAL = {"arithmetic": ("noise", "grpo, noise 0"), "int4 sampler": ("sampler", "grpo, int4"),
+           "Countdown": ("fresh", "grpo"), "Countdown, 32 updates": ("stale", "grpo"),
+           "Countdown, lag 16": ("lag-countdown", "grpo")}
+
+
+def spread_of(name, arm):
+    """The mean of log_w_std over the runs of an arm, None if there are none."""
+    rows = [row for row in read(EVIDENCE) if row["experiment"] == name and row["arm"] == arm]
+    return mean_of(rows, "log_w_std") if rows else None
+
+
+def draw_dose(axis, kind):
+    """Held-out accuracy at the end over the spread of log w, and where it lies by itself."""
+    for method in ("gspo", "gspo fitted", "grpo"):
+        means = {}              # {spread: mean accuracy}
+        for arm in [f"{method}, noise 0", *(f"{method}, {kind} {sigma}" for sigma in SIGMAS)]:
+            values = list(endings("noise", arm).values())
+            if values:
+                spread = spread_of("noise", arm)
+                means[spread] = statistics.fmean(values)
+                axis.plot([spread] * len(values), values, **style(method) | {"linestyle": ""},
+                          alpha=0.35)
+        if means:
+            axis.plot(list(means), list(means.values()), **style(method), label=method)
+    for label, (name, arm) in NATURAL.items():
+        spread = spread_of(name, arm)
+        if spread:
+            axis.axvline(spread, color="grey", linewidth=0.8, linestyle=":")
+            axis.text(spread, 0.42, label, rotation=90, fontsize=7, ha="right", va="bottom")
+    axis.set_xscale("log")
+    axis.set_xlabel("spread of log w over tokens")
+    axis.legend(fontsize=8, loc="center left")
+
+
 def draw_noise(plt):
     """results/noise.png: accuracy over the spread of noise on the token ratios."""
     figure, axes = panels(plt, 3, width=15)
-    no_ratio = endings("noise", "reinforce, noise 0").values()
     for axis in axes:
-        axis.axhline(statistics.fmean(no_ratio), color="black", linewidth=0.8,
-                     label="reinforce: no ratio")
-    for axis, kind in zip(axes, ("noise", "centred noise")):
-        for method in ("gspo", "gspo fitted", "grpo"):
-            found = {0: endings("noise", f"{method}, noise 0")}
-            found |= {int(sigma): endings("noise", f"{method}, {kind} {sigma}") for sigma in SIGMAS}
-            found = {sigma: list(of_seed.values()) for sigma, of_seed in found.items() if of_seed}
-            if len(found) < 2:
-                continue
-            for sigma, values in found.items():
-                axis.plot([sigma] * len(values), values, **style(method) | {"linestyle": ""},
-                          alpha=0.35)
-            axis.plot(list(found), list(map(statistics.fmean, found.values())), **style(method),
-                      label=method)
-        axis.set_xlabel("spread of the noise on log w, each token for itself (sigma)")
-        axis.legend(fontsize=8)
+        axis.axhline(statistics.fmean(endings("noise", "reinforce, noise 0").values()),
+                     color="black", linewidth=0.8, label="reinforce: no ratio")
+    draw_dose(axes[0], "noise")
+    draw_dose(axes[1], "centred noise")
     axes[0].set_ylabel("held-out accuracy after 80 steps, arithmetic")
     axes[0].set_title("noise of mean 1 on w: log s shifts by -sigma²/2")
     axes[1].set_title("noise of mean 0 on log w: no shift")
