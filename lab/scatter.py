@@ -75,7 +75,7 @@ def after_update(folder: Path):
     """Go on from the last checkpoint of a run, as the module's docstring says -> the rollout as it
     was sampled, and twice as the trainer scores it after the update: with its own experts, and with
     the old ones."""
-    config, task, _, state = train.parse(["--inspect", "--out", str(folder)])
+    config, task, _, state = train.parse(["--eval_only", "--out", str(folder)])
     run = train.build(config, task, state)
     settings = config.settings()
     learner = train.new_learner(run, state)
