@@ -480,8 +480,8 @@ class Algorithm(NamedTuple):
 
 # A clip range is that of the cited paper unless a comment says otherwise. The GSPO paper has 3e-4
 # and 4e-4, for responses of thousands of tokens. Ours have about 30 tokens, so that one token moves
-# the mean much further. Ten times the range learned faster on all of five seeds, as
-# results/README.md shows.
+# the mean much further. Ten times the range learned faster on all of five seeds. A rule is half the
+# spread of log s, the metric log_s_std; results/README.md has the figures for both.
 ALGORITHMS = {
     "gspo": Algorithm(gspo, seq_mean_token_mean, (3e-3, 4e-3), "std"),              # 2507.18071
     # For advantages per token; with one per response it equals gspo in value and gradient.

@@ -88,13 +88,14 @@ class RLOptions:
                           "without kinds decides by itself", choices=("adaptive", "uniform"))
     prompts: int = option(32, "problems in a step", 1)
     group_size: int = option(8, "responses to a problem: each other's baseline", 2)
-    mini_batches: int = option(4, "optimiser steps per rollout, as in the paper", 1)
+    mini_batches: int = option(4, "optimiser steps per rollout, as in the paper; with many GSPO is "
+                               "ahead of GRPO", 1)
     lr: float = option(3e-4, "learning rate: gentle, the policy must stay near the sampler's", 0, 1)
     clip_low: float = option(None, "lower clip range (default: as in the table ALGORITHMS of "
-                             "gspo.py)", 0, 1)
+                             "gspo.py; for gspo about half of log_s_std, see results/)", 0, 1)
     clip_high: float = option(None, "upper clip range (default: as in that table)", 0, 100)
     routing_replay: str = option("none", "experts that the update activates: those that the router "
-                                 "chooses now (none), those of a pass of the trainer before it, "
+                                 "chooses now (none: replay gained nothing here), those of a pass of the trainer before it, "
                                  "which scores again too (r2), or those of the sampler (r3)",
                                  choices=("none", "r2", "r3"))
     temperature: float = option(1.0, "of sampling and of scoring: the policy as it is", 0.01, 100)

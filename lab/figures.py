@@ -412,6 +412,9 @@ def draw_lengths(axis, regime):
               label="log s if tokens were independent")
     axis.set_xscale("log")
     axis.set_yscale("log")
+    ticks = [length for length in (3, 10, 30, 100) if lengths[0] / 2 < length < 2 * lengths[-1]]
+    axis.set_xticks(ticks, ticks)
+    axis.minorticks_off()
     axis.set_title(regime)
     axis.set_xlabel("tokens in the response")
 
