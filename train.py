@@ -95,8 +95,9 @@ class RLOptions:
                              "gspo.py; for gspo about half of log_s_std, see results/)", 0, 1)
     clip_high: float = option(None, "upper clip range (default: as in that table)", 0, 100)
     routing_replay: str = option("none", "experts that the update activates: those that the router "
-                                 "chooses now (none: replay gained nothing here), those of a pass of the trainer before it, "
-                                 "which scores again too (r2), or those of the sampler (r3)",
+                                 "chooses now (none; the others gained nothing here), those of a "
+                                 "pass of the trainer before it, which scores again too (r2), or "
+                                 "those of the sampler (r3)",
                                  choices=("none", "r2", "r3"))
     temperature: float = option(1.0, "of sampling and of scoring: the policy as it is", 0.01, 100)
     max_new_tokens: int = option(64, "a response without an end by then is worth 0", 1, 1000)
