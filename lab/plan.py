@@ -151,7 +151,7 @@ for name in ("gspo", "grpo"):
     NOISE[f"{name}, noise 0"] = f"--noise 0 {WITH_WIDE[name]}"
 for name, sigma in itertools.product(("gspo", "grpo"), SIGMAS):
     NOISE[f"{name}, noise {sigma}"] = f"--noise {sigma} {WITH_WIDE[name]}"
-# In proportion to sigma: about two thirds of the spread that log s then has.
+# In proportion to sigma: about 0.8 times the spread that log s then has.
 FITTED = {"1": "--clip_low 0.2 --clip_high 0.25", "2": "--clip_low 0.4 --clip_high 0.5",
           "4": "--clip_low 0.8 --clip_high 1"}
 for sigma in SIGMAS:
