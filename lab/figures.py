@@ -231,7 +231,9 @@ def draw_places(axis, name, places):
             axis.plot([x - 0.07, x + 0.07], [statistics.fmean(values)] * 2, linewidth=3,
                       color=looks["color"])
     axis.set_xticks(range(len(places)), list(places), fontsize=8)
-    axis.legend(fontsize=8)
+    axis.set_xlim(-0.5, len(places) - 0.5)
+    if axis.lines:
+        axis.legend(fontsize=8)
 
 
 def draw_search(axis):
