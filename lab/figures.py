@@ -56,7 +56,7 @@ class Comparison(NamedTuple):
     """How far one arm ends above another, in pairs of seeds."""
     mean: float
     error: float        # the standard error of the mean
-    low: float          # bounds of the mean: the middle 95 % of the means of all resamples
+    low: float          # bounds of the mean, from bootstrap
     high: float
     n_above: int
     n_pairs: int
@@ -66,15 +66,19 @@ class Comparison(NamedTuple):
         return abs(self.mean) > CRITICAL_T[self.n_pairs] * self.error
 
 
+def bootstrap(values):
+    """The bounds of the middle 95 % of the means of all resamples of a few values."""
+    means = sorted(map(statistics.fmean, itertools.product(values, repeat=len(values))))
+    margin = int(0.025 * len(means))
+    return means[margin], means[-1 - margin]
+
+
 def compare(mine, theirs):
     """{seed: accuracy} of two arms -> Comparison of the seeds that both have."""
     differences = [mine[seed] - theirs[seed] for seed in mine if seed in theirs]
     n = len(differences)
-    means = sorted(map(statistics.fmean, itertools.product(differences, repeat=n)))
-    margin = int(0.025 * len(means))
     return Comparison(statistics.fmean(differences), statistics.stdev(differences) / n ** 0.5,
-                      means[margin], means[-1 - margin],
-                      sum(difference > 0 for difference in differences), n)
+                      *bootstrap(differences), sum(difference > 0 for difference in differences), n)
 
 
 # ---------------------------------------------------------------------------- tables
@@ -192,7 +196,8 @@ def panels(plt, n, width=10, sharey=True):
 
 
 def draw_curves(axis, name, arms):
-    """Held-out accuracy over the RL steps: a thin line for each seed, a thick one for the mean."""
+    """Held-out accuracy over the RL steps: a thin line for each seed, a thick one for the mean, and
+    a band for its bootstrap interval."""
     for arm in arms:
         of_seed = {}            # {seed: {step: accuracy}}
         for row in read(CURVES):
@@ -205,8 +210,11 @@ def draw_curves(axis, name, arms):
             axis.plot(list(curve), list(curve.values()), **looks | {"marker": ""}, alpha=0.35,
                       linewidth=0.8)
         steps = list(next(iter(of_seed.values())))
-        means = [statistics.fmean(curve[step] for curve in of_seed.values()) for step in steps]
-        axis.plot(steps, means, **looks, linewidth=2, label=f"{arm} ({len(of_seed)} seeds)")
+        of_step = [[curve[step] for curve in of_seed.values()] for step in steps]
+        axis.plot(steps, list(map(statistics.fmean, of_step)), **looks, linewidth=2,
+                  label=f"{arm} ({len(of_seed)} seeds)")
+        low, high = zip(*map(bootstrap, of_step))
+        axis.fill_between(steps, low, high, color=looks["color"], alpha=0.12, linewidth=0)
     axis.set_xlabel("RL step")
     axis.set_ylim(0, 0.6)
     if axis.lines:
@@ -215,8 +223,8 @@ def draw_curves(axis, name, arms):
 
 def draw_places(axis, name, places):
     """Held-out accuracy at the end, a column for each place {label: {method: arm}}: a marker for
-    each seed, a bar for the mean. Methods have their own colour and marker, and stand side by
-    side."""
+    each seed, a bar for the mean, a line for its bootstrap interval. Methods have their own colour
+    and marker, and stand side by side."""
     labelled = set()
     for place, arms in enumerate(places.values()):
         for i, (method, arm) in enumerate(arms.items()):
@@ -230,8 +238,9 @@ def draw_places(axis, name, places):
             axis.plot([x] * len(values), values, **looks, alpha=0.6, label=label)
             axis.plot([x - 0.07, x + 0.07], [statistics.fmean(values)] * 2, linewidth=3,
                       color=looks["color"])
+            axis.plot([x + 0.07, x + 0.07], bootstrap(values), color=looks["color"])
     axis.set_xticks(range(len(places)), list(places), fontsize=8)
-    axis.set_xlim(-0.5, len(places) - 0.5)
+    axis.set_xlim(-0.6, len(places) - 0.4)
     if axis.lines:
         axis.legend(fontsize=8)
 
