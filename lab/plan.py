@@ -148,9 +148,9 @@ EXPERIMENTS["stale-searched"] = Experiment(
 SIGMAS = ("1", "2", "4")
 NOISE = {"reinforce, noise 0": f"--noise 0 {REINFORCE}"}
 for name in ("gspo", "grpo"):
-    NOISE[f"{name}, noise 0"] = f"--noise 0 {WITH_WIDE[name]}"
+    NOISE[f"{name}, noise 0"] = f"--noise 0 {METHODS[name]}"
 for name, sigma in itertools.product(("gspo", "grpo"), SIGMAS):
-    NOISE[f"{name}, noise {sigma}"] = f"--noise {sigma} {WITH_WIDE[name]}"
+    NOISE[f"{name}, noise {sigma}"] = f"--noise {sigma} {METHODS[name]}"
 # In proportion to sigma: about 0.8 times the spread that log s then has.
 FITTED = {"1": "--clip_low 0.2 --clip_high 0.25", "2": "--clip_low 0.4 --clip_high 0.5",
           "4": "--clip_low 0.8 --clip_high 1"}
@@ -163,7 +163,7 @@ NOISE["grpo_dual_clip, centred noise 4"] = "--noise 4 --centred --algorithm grpo
 for name in MIXED:
     NOISE[f"{name}, centred noise 4"] = f"--noise 4 --centred {MIXED[name]}"
 for name in ("gspo", "grpo"):
-    NOISE[f"{name}, common noise 1"] = f"--common_noise 1 --centred {WITH_WIDE[name]}"
+    NOISE[f"{name}, common noise 1"] = f"--common_noise 1 --centred {METHODS[name]}"
 EXPERIMENTS["noise"] = Experiment(
     "arithmetic, with noise on the ratios", ARITHMETIC, NOISE, range(5))
 
