@@ -14,6 +14,7 @@ import itertools
 import json
 import os
 import platform
+import statistics
 import subprocess
 import sys
 import time
@@ -128,6 +129,17 @@ def missing_runs(name):
             if (name, arm, str(seed)) not in present]
 
 
+def by_digits(evaluations):
+    """Rows of a run's evaluations.csv -> {"accuracy_3": held-out accuracy at the end on problems of
+    three digits, ...}, by the digits that end a kind such as "+3". Empty for other tasks."""
+    found = {}
+    for row in evaluations:
+        digits = row["kind"][1:]
+        if row["step"] == evaluations[-1]["step"] and digits.isdigit():
+            found.setdefault(f"accuracy_{digits}", []).append(float(row["accuracy"]))
+    return {column: statistics.fmean(values) for column, values in found.items()}
+
+
 LATER = ("log_w_std", "log_s_std", "log_s_mean", "outliers", "clip_low", "clip_high")
 
 
@@ -144,7 +156,10 @@ def rows_of(out, name, arm, seed, commit, where_it_ran):
            "machine": where_it_ran, "steps": len(steps),
            "accuracy_cold_start": summary["accuracy_cold_start"], "accuracy": summary["accuracy"],
            "accuracy_greedy": summary["accuracy_greedy"],
-           "reward": mean_of(steps, "reward"), "length": mean_of(steps, "length")}
+           "reward": mean_of(steps, "reward"), "length": mean_of(steps, "length"),
+           "length_right": mean_of(steps, "length_right"),
+           "length_wrong": mean_of(steps, "length_wrong")}
+    row |= by_digits(read_table(out / "evaluations.csv"))
     row |= {column: mean_of(later_ones, column) for column in LATER}
     row |= {"kl": mean_of(steps, "kl"), "expert_change": mean_of(steps, "expert_change"),
             "seconds_rl": summary["seconds_rl"]}

@@ -1,5 +1,5 @@
 """Runs that the command line of train.py cannot make: noise on the stored log-probs, and objectives
-that mix the parts of GSPO and GRPO. All other options are those of train.py.
+that mix the parts of GSPO and GRPO, or leave out their 1/|y|. All other options are those of train.py.
 
     python -m lab.instruments --noise 1 --algorithm grpo
     python -m lab.instruments --common_noise 1 --algorithm gspo
@@ -57,6 +57,9 @@ INSTRUMENTS = {
                                        (3e-3, 4e-3), "std"),
     "grpo_clip_gspo_weight": Algorithm(grpo_clip_gspo_weight, gspo.seq_mean_token_mean,
                                        (0.2, 0.27), "std"),
+    # Without 1/|y|: every token of a mini-batch counts the same.
+    "gspo_token_mean": Algorithm(gspo.gspo, gspo.token_mean, (3e-3, 4e-3), "std"),
+    "grpo_token_mean": Algorithm(gspo.grpo, gspo.token_mean, (0.2, 0.27), "std"),
 }
 # What would replace the stored log-probs, or use them for more than the ratio.
 NOT_WITH_NOISE = ("--recompute_logp_old", "--correction", "ppo", "r2")

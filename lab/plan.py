@@ -102,6 +102,8 @@ WIDE = f"{GSPO} --clip_low 3e-2 --clip_high 4e-2"       # ten times the default
 METHODS = {"gspo": GSPO, "grpo": GRPO, "grpo, r3": f"{GRPO} --routing_replay r3"}
 # What is one half of GSPO and one half of GRPO: see lab/instruments.py.
 MIXED = {name: f"--algorithm {name}" for name in ("gspo_clip_grpo_weight", "grpo_clip_gspo_weight")}
+# GSPO and GRPO without 1/|y|: every token counts the same, that of a long response too.
+TOKEN_MEAN = {name: f"--algorithm {name}" for name in ("gspo_token_mean", "grpo_token_mean")}
 REINFORCE = "--algorithm reinforce --scale std"         # no ratio, otherwise like GRPO
 WITH_WIDE = {"gspo": GSPO, "gspo wide": WIDE, "grpo": GRPO}
 EXPERIMENTS = {}
@@ -113,6 +115,18 @@ EXPERIMENTS["stale"] = Experiment(
     "Countdown, 16 mini-batches for 2 epochs, all at the task's learning rate, 6e-4",
     f"{COUNTDOWN} {HUNDRED} {STALE}",
     METHODS | MIXED | {"gspo, r3": f"{GSPO} --routing_replay r3", "reinforce": REINFORCE}, range(5))
+
+# The same without a router, and with four times as many experts. All three models have 128 active
+# inner units in a layer; the one with many experts has as many parameters as the default in its
+# experts, the dense one a quarter.
+DENSE = "--n_expert 1 --n_active 1 --d_expert 128"
+FINE = "--n_expert 32 --n_active 8 --d_expert 16"
+EXPERIMENTS["stale-dense"] = Experiment(
+    "like stale, with a dense model", f"{COUNTDOWN} {HUNDRED} {STALE} {DENSE}",
+    {"gspo": GSPO, "grpo": GRPO}, range(5))
+EXPERIMENTS["stale-fine"] = Experiment(
+    "like stale, with 8 of 32 experts active", f"{COUNTDOWN} {HUNDRED} {STALE} {FINE}",
+    METHODS, range(5))
 
 # The search: clip ranges and learning rates. Lower rates were added after the lowest one had turned
 # out best: 7.5e-5 without the widest ranges, 4e-5 with the best range of each method only.
@@ -184,12 +198,17 @@ EXPERIMENTS["lag-countdown"] = Experiment(
     "Countdown, the sampler 16 rollouts old", f"{COUNTDOWN} {HUNDRED} --lag 16", WITH_WIDE,
     range(5))
 
+EXPERIMENTS["length"] = Experiment(
+    "arithmetic of one to five digits, with and without 1/|y|",
+    "--queries uniform --max_digits 5 --max_new_tokens 112 --steps 100 --eval_every 50",
+    {"gspo": GSPO, "grpo": GRPO, **TOKEN_MEAN, "dr_grpo": "--algorithm dr_grpo"}, range(5))
+
 
 def command(name, arm, seed):
     """What to give to python."""
     experiment = EXPERIMENTS[name]
     arguments = f"{experiment.options} {experiment.arms[arm]} --threads 1 --seed {seed}".split()
-    instruments = "noise" in arm or arm in MIXED
+    instruments = "noise" in arm or arm in MIXED or arm in TOKEN_MEAN
     return ["-m", "lab.instruments", *arguments] if instruments else ["train.py", *arguments]
 
 
