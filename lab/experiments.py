@@ -21,7 +21,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from lab import figures
+from lab import figures, tables
 from lab.plan import (COMPARED, CURVES, EVALUATIONS, EVIDENCE, EXPERIMENTS, RUNS, SETTINGS, command,
                       folder, mean_of, read)
 from lab.report import clock, read_table
@@ -62,12 +62,20 @@ def rounded(row):
             for column, value in row.items()}
 
 
-def train(arguments, out, **options):
-    """Make a run in `out`, or what is left of it, unless it is complete."""
+def make_run(arguments, out, commit, **options):
+    """Make a run in `out`, or what is left of it, unless it is complete -> the commit that made it;
+    several, joined by "+", if the code changed on the way. `commit` is that of the checkout."""
+    note = out.with_name(f"{out.name}.commit")      # beside the folder, which must begin empty
+    commits = note.read_text().split("+") if note.exists() else []
     if (out / "summary.json").exists():
-        return
+        return "+".join(commits or ["unknown"])
+    if commit not in commits:
+        commits.append(commit)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    note.write_text("+".join(commits))
     resume = ["--resume"] if (out / "checkpoint.pt").exists() else []
     subprocess.run([sys.executable, *arguments, *resume, "--out", str(out)], check=True, **options)
+    return "+".join(commits)
 
 
 # ---------------------------------------------------------------------------- settings
@@ -82,17 +90,17 @@ def later(out):
     return {f"{column}_later_{COMPARED}": mean_of(rows, column) for column in columns}
 
 
-def measure(name, options, seed, commit):
+def run_setting(name, options, seed, commit):
     """Make one run. Then append its evaluations to their table, and its row to the other: its
     summary, and means over the compared steps (all, of a shorter run). `commit` is that of the
     checkout."""
     out = Path("out") / f"{''.join(filter(str.isalnum, name))}-{seed}"
     arguments = ["train.py", *options, "--seed", str(seed)]
-    train(arguments, out)
+    made_by = make_run(arguments, out, commit)
     every_step = read_table(out / "metrics.csv")
     compared = every_step[:COMPARED]
     row = {"setting": name, "seed": seed, "command": "python " + " ".join(arguments),
-           "commit": commit, "machine": machine()}
+           "commit": made_by, "machine": machine()}
     summary = json.loads((out / "summary.json").read_text())
     row |= summary.pop("measures")
     row |= {f"{column}_cold_start": value
@@ -174,11 +182,11 @@ def run(name, arm, seed, commit):
     """Make a run, or what is left of it -> what rows_of gives; None if it failed."""
     out = folder(name, arm, seed)
     try:
-        train(command(name, arm, seed), out, capture_output=True, text=True)
+        made_by = make_run(command(name, arm, seed), out, commit, capture_output=True, text=True)
     except subprocess.CalledProcessError as error:
         print(f"{name}: {arm}, seed {seed}: {error.stderr}", flush=True)
         return None
-    return rows_of(out, name, arm, seed, commit, machine(n_threads=1))
+    return rows_of(out, name, arm, seed, made_by, machine(n_threads=1))
 
 
 def run_two_at_a_time(runs, commit):
@@ -214,7 +222,7 @@ def main(words):
         sys.exit(f"experiments: {', '.join(sorted(unknown))}: no such setting or experiment; "
                  "without a name you see all")
     if "--table" in words:
-        figures.print_all()
+        tables.print_all()
     if "--draw" in words:
         figures.draw_all()
     if "--table" in words or "--draw" in words:
@@ -231,7 +239,7 @@ def main(words):
     for name, (options, _) in SETTINGS.items():
         if name in words or "all" in words:
             for seed in missing_seeds(name):
-                measure(name, options, seed, commit)
+                run_setting(name, options, seed, commit)
 
 
 if __name__ == "__main__":

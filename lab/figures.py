@@ -1,173 +1,12 @@
-"""The tables, comparisons and figures of what lab/experiments.py and lab/scatter.py left, made from
-the tables of results/ alone. The last accuracy of a run counts, not the best. A run has collapsed
-if it ends below the accuracy of its cold start."""
-import itertools
+"""The figures of what lab/experiments.py and lab/scatter.py left, drawn from the tables of results/
+alone."""
 import math
 import statistics
-from typing import NamedTuple
 
 import gspo
-from lab.plan import (BEST, COMPARED, CURVES, EVALUATIONS, EVIDENCE, EXPERIMENTS, METHODS, MIXED,
-                      RANGES, RATES, REGIMES, RESULTS, RUNS, SCATTER, SCATTER_LENGTHS, SIGMAS,
-                      mean_of, read)
-
-
-def endings(name, arm):
-    """{seed: held-out accuracy at the end}, without runs that were cut."""
-    return {row["seed"]: float(row["accuracy"]) for row in read(EVIDENCE)
-            if row["experiment"] == name and row["arm"] == arm and row["accuracy"]}
-
-
-# ---------------------------------------------------------------------------- comparing
-
-# Student's t beyond which a difference of so many pairs is significant at 5 %, two-sided.
-CRITICAL_T = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571}
-PAIRS = [
-    ("fresh", "gspo", "grpo"), ("fresh", "grpo, r3", "grpo"), ("stale", "gspo", "grpo"),
-    ("stale", "gspo", "grpo, r3"), ("stale", "grpo, r3", "grpo"), ("stale", "gspo, r3", "gspo"),
-    ("stale", "reinforce", "grpo"),
-    ("stale", "gspo_clip_grpo_weight", "grpo"), ("stale", "gspo", "gspo_clip_grpo_weight"),
-    ("stale", "grpo_clip_gspo_weight", "grpo"), ("stale", "gspo", "grpo_clip_gspo_weight"),
-    ("stale-searched", *BEST),
-    ("noise", "gspo, noise 0", "grpo, noise 0"),
-    ("noise", "gspo, noise 0", "reinforce, noise 0"),
-    *(("noise", f"gspo, noise {sigma}", f"grpo, noise {sigma}") for sigma in SIGMAS),
-    *(("noise", f"{name}, noise 4", f"{name}, noise 0") for name in ("gspo", "grpo")),
-    *(("noise", f"gspo, centred noise {sigma}", f"grpo, centred noise {sigma}")
-      for sigma in SIGMAS),
-    *(("noise", f"gspo fitted, centred noise {sigma}", f"gspo, centred noise {sigma}")
-      for sigma in SIGMAS),
-    *(("noise", f"{name}, centred noise 4", f"{name}, noise 0") for name in ("gspo", "grpo")),
-    *(("noise", f"{name}, centred noise 4", "grpo, centred noise 4")
-      for name in ("grpo_dual_clip", *MIXED)),
-    ("noise", "gspo, common noise 1", "grpo, common noise 1"),
-    ("sampler", "gspo, int8", "grpo, int8"), ("sampler", "gspo, int4", "grpo, int4"),
-    ("sampler", "gspo wide, int4", "gspo, int4"), ("sampler", "gspo wide, int4", "grpo, int4"),
-    ("sampler", "gspo, int4 recomputed", "gspo, int4"),
-    ("sampler", "grpo, int4 recomputed", "grpo, int4"),
-    ("sampler", "gspo_token, int4 tis", "gspo, int4 recomputed"),
-    ("lag", "gspo", "grpo"), ("lag", "gspo wide", "gspo"), ("lag", "gspo wide", "grpo"),
-    ("lag-countdown", "gspo", "grpo"), ("lag-countdown", "gspo wide", "gspo"),
-    ("lag-countdown", "gspo wide", "grpo"),
-]
-
-
-class Comparison(NamedTuple):
-    """How far one arm ends above another, in pairs of seeds."""
-    mean: float
-    error: float        # the standard error of the mean
-    low: float          # bounds of the mean, from bootstrap
-    high: float
-    n_above: int
-    n_pairs: int
-
-    @property
-    def significant(self):
-        return abs(self.mean) > CRITICAL_T[self.n_pairs] * self.error
-
-
-def bootstrap(values):
-    """The bounds of the middle 95 % of the means of all resamples of a few values."""
-    means = sorted(map(statistics.fmean, itertools.product(values, repeat=len(values))))
-    margin = int(0.025 * len(means))
-    return means[margin], means[-1 - margin]
-
-
-def compare(mine, theirs):
-    """{seed: accuracy} of two arms -> Comparison of the seeds that both have."""
-    differences = [mine[seed] - theirs[seed] for seed in mine if seed in theirs]
-    n = len(differences)
-    return Comparison(statistics.fmean(differences), statistics.stdev(differences) / n ** 0.5,
-                      *bootstrap(differences), sum(difference > 0 for difference in differences), n)
-
-
-# ---------------------------------------------------------------------------- tables
-
-def print_comparisons():
-    print(f"\n{len(PAIRS)} comparisons. With no effect at all, one t test in 20 is significant.")
-    print("\n| experiment | difference | mean ± standard error | interval | above on | t test |")
-    print("|---|---|---|---|---|---|")
-    for name, arm, other in PAIRS:
-        mine = endings(name, arm)
-        theirs = endings(name, other)
-        if len(mine.keys() & theirs.keys()) < 2:
-            continue
-        c = compare(mine, theirs)
-        print(f"| {name} | {arm} - {other} | {c.mean:+.3f} ± {c.error:.3f} | {c.low:+.3f} to "
-              f"{c.high:+.3f} | {c.n_above} of {c.n_pairs} | "
-              f"{'significant' if c.significant else 'not significant'} |")
-
-
-def print_experiments():
-    columns = ("accuracy", "reward", "log_w_std", "log_s_std", "log_s_mean", "clip_low",
-               "clip_high", "kl", "expert_change", "length")
-    for name in EXPERIMENTS:
-        rows = [row for row in read(EVIDENCE) if row["experiment"] == name]
-        print(f"\n{name}: {EXPERIMENTS[name].about}\n")
-        print("| arm | accuracy by seed |", " | ".join(columns), "| collapsed |")
-        print("|---|" + "---|" * (len(columns) + 2))
-        for arm in EXPERIMENTS[name].arms:
-            of_arm = [row for row in rows if row["arm"] == arm and row["accuracy"]]
-            if not of_arm:
-                continue
-            cells = [f"{mean_of(of_arm, column):.3g}" for column in columns]
-            each = " ".join(row["accuracy"] for row in sorted(of_arm, key=lambda r: r["seed"]))
-            collapsed = sum(float(row["accuracy"]) < float(row["accuracy_cold_start"])
-                            for row in of_arm)
-            print(f"| {arm} | {each} |", " | ".join(cells), f"| {collapsed} of {len(of_arm)} |")
-
-
-def search_score(arm):
-    """The mean of an arm's held-out accuracies up to step 60, which every run of the search has
-    made; None if there is no such run."""
-    found = [float(row["accuracy"]) for row in read(CURVES)
-             if row["experiment"] == "stale-search" and row["arm"] == arm
-             and 0 < int(row["step"]) <= 60]
-    return statistics.fmean(found) if found else None
-
-
-def print_search():
-    print("\n| clip range |", " | ".join(f"lr {lr}" for lr in RATES), "|")
-    print("|---|" + "---|" * len(RATES))
-    for arm in RANGES:
-        scores = [search_score(f"{arm}, lr {lr}") for lr in RATES]
-        print(f"| {arm} |", " | ".join("" if x is None else f"{x:.3f}" for x in scores), "|")
-
-
-def print_by(path, key, columns):
-    """Mean ± standard deviation of some columns of a table, for each value of the column `key`."""
-    rows = read(path)
-    print(f"\n| {key} |", " | ".join(columns), "|")
-    print("|---|" + "---|" * len(columns))
-    for name in dict.fromkeys(row[key] for row in rows):
-        of_name = [row for row in rows if row[key] == name]
-        cells = []
-        for column in columns:
-            values = [float(row[column]) for row in of_name if row.get(column)]
-            spread = f" ± {statistics.stdev(values):.2g}" if len(values) > 1 else ""
-            cells.append(f"{statistics.fmean(values):.4g}{spread}" if values else "")
-        print(f"| {name} ({len(of_name)} seeds) |", " | ".join(cells), "|")
-
-
-def print_all():
-    of_steps = ("accuracy", "reward", "clip_low", "clip_high", "log_s_std", "log_w_std", "outliers",
-                "kl", "expert_change", "mismatch_mean", "mismatch_max", "mismatch_kl",
-                "mismatch_experts", "seconds", "seconds_rescoring")
-    print_by(RUNS, "setting", [
-        "accuracy_cold_start", "accuracy", "accuracy_greedy", "accuracy_weakest_kind",
-        "reward_last_50", "think_share", "seconds",
-        *(f"{column}_{COMPARED}" for column in of_steps)])
-    print_experiments()
-    print_comparisons()
-    print_search()
-    print_by(SCATTER, "regime", [
-        "length", "log_w_std", "log_s_std", "correlation", "log_w_std_replayed",
-        "log_s_std_replayed", "correlation_replayed", "log_w_std_routing", "log_s_std_routing",
-        "correlation_routing", "expert_change_0", "expert_change_1", "expert_change_2", "changed",
-        "log_w_std_changed", "log_w_std_changed_replayed", "log_w_std_unchanged"])
-
-
-# ---------------------------------------------------------------------------- figures
+from lab.plan import (BEST, CURVES, EVALUATIONS, EVIDENCE, METHODS, MIXED, RANGES, RATES, REGIMES,
+                      RESULTS, SCATTER, SCATTER_LENGTHS, SIGMAS, mean_of, read)
+from lab.tables import bootstrap, endings, search_score
 
 # Colour, line and marker of each method: they differ in grey too.
 STYLES = {
@@ -176,7 +15,7 @@ STYLES = {
     "grpo_clip_gspo_weight": ("#b23a48", (0, (5, 1)), "D"),
     "grpo_dual_clip": ("#6b705c", (0, (1, 1)), "P"), "gspo wide": ("#6fa8dc", ":", "X"),
     "gspo fitted": ("#6fa8dc", ":", "X"), "reinforce": ("#333333", "-", "."),
-    "gspo_token, TIS": ("#1f5fa8", "-", "*"),
+    "gspo_token, TIS": ("#1f5fa8", "-", "*"), "dr_grpo": ("#b23a48", "-.", "D"),
 }
 
 
@@ -221,14 +60,14 @@ def draw_curves(axis, name, arms):
         axis.legend(fontsize=8)
 
 
-def draw_places(axis, name, places):
-    """Held-out accuracy at the end, a column for each place {label: {method: arm}}: a marker for
-    each seed, a bar for the mean, a line for its bootstrap interval. Methods have their own colour
-    and marker, and stand side by side."""
+def draw_places(axis, places, column="accuracy"):
+    """A column of EVIDENCE, by default the accuracy at the end, of several places {label:
+    (experiment, {method: arm})}: a marker for each seed, a bar for the mean, a line for its
+    bootstrap interval. Methods have their own colour and marker, and stand side by side."""
     labelled = set()
-    for place, arms in enumerate(places.values()):
+    for place, (name, arms) in enumerate(places.values()):
         for i, (method, arm) in enumerate(arms.items()):
-            values = list(endings(name, arm).values())
+            values = list(endings(name, arm, column).values())
             if not values:
                 continue
             x = place + 0.18 * (i - (len(arms) - 1) / 2)
@@ -245,11 +84,13 @@ def draw_places(axis, name, places):
         axis.legend(fontsize=8)
 
 
-def draw_search(axis):
-    """The score of the search over the learning rate, a line for each clip range."""
+def draw_search(axis, name):
+    """The score of a search over the learning rate, a line for each clip range."""
     for i, arm in enumerate(RANGES):
-        scores = {float(lr): search_score(f"{arm}, lr {lr}") for lr in RATES}
+        scores = {float(lr): search_score(name, f"{arm}, lr {lr}") for lr in RATES}
         scores = {lr: score for lr, score in scores.items() if score is not None}
+        if not scores:
+            continue
         axis.plot(list(scores), list(scores.values()), **style(arm) | {"marker": "osvD^"[i % 5]},
                   label=arm)
     axis.set_xscale("log")
@@ -273,13 +114,42 @@ def draw_stale(plt):
 
 def draw_stale_search(plt):
     """results/stale-search.png: the search for 32 optimiser steps, and what it chose."""
-    figure, axes = panels(plt, 2)
-    axes[0].set_title("the search: mean of steps 20 to 60, 1 seed")
-    draw_search(axes[0])
+    figure, axes = panels(plt, 3, width=14)
+    axes[0].set_title("the search: mean of steps 20 to 60, seed 5")
+    draw_search(axes[0], "stale-search")
     axes[0].set_ylabel("held-out accuracy, Countdown")
-    axes[1].set_title("32 optimiser steps, each as the search chose")
-    draw_curves(axes[1], "stale-searched", BEST)
+    axes[1].set_title("the same, seed 6")
+    draw_search(axes[1], "stale-search-again")
+    axes[2].set_title("32 optimiser steps, each as the first search chose")
+    draw_curves(axes[2], "stale-searched", BEST)
     figure.savefig(RESULTS / "stale-search.png", dpi=110)
+
+
+def draw_models(plt):
+    """results/models.png: Countdown with many updates a rollout, and with three models."""
+    figure, axes = panels(plt, 3, width=14)
+    models = {"stale-dense": "dense", "stale": "2 of 8 experts active",
+              "stale-fine": "8 of 32 experts active"}
+    for axis, (name, title) in zip(axes, models.items()):
+        draw_curves(axis, name, METHODS)
+        axis.set_title(f"32 optimiser steps on each rollout: {title}", fontsize=10)
+    axes[0].set_ylabel("held-out accuracy, Countdown")
+    figure.savefig(RESULTS / "models.png", dpi=110)
+
+
+def draw_length(plt):
+    """results/length.png: GSPO and GRPO with and without 1/|y|, on up to five digits."""
+    figure, axes = panels(plt, 3, width=14, sharey=False)
+    columns = {"accuracy": "one to five digits", "accuracy_4": "four digits",
+               "accuracy_5": "five digits"}
+    with_length = {"gspo": "gspo", "grpo": "grpo"}
+    without = {"gspo": "gspo_token_mean", "grpo": "grpo_token_mean", "dr_grpo": "dr_grpo"}
+    for axis, (column, title) in zip(axes, columns.items()):
+        draw_places(axis, {"1/|y|": ("length", with_length),
+                           "all tokens alike": ("length", without)}, column)
+        axis.set_title(title)
+    axes[0].set_ylabel("held-out accuracy after 100 steps, arithmetic")
+    figure.savefig(RESULTS / "length.png", dpi=110)
 
 
 # Where log w scatters by itself: (experiment, arm) of GRPO.
@@ -329,10 +199,10 @@ def draw_noise(plt):
     axes[0].set_title("noise of mean 1 on w: log s shifts by -sigma²/2")
     axes[1].set_title("noise of mean 0 on log w: no shift")
     mixed = ("gspo", "gspo fitted", "grpo", "grpo_dual_clip", *MIXED)
-    draw_places(axes[2], "noise", {
-        "each token,\ncentred, sigma 4": {method: f"{method}, centred noise 4" for method in mixed},
-        "each response,\ncentred, sigma 1": {method: f"{method}, common noise 1"
-                                             for method in ("gspo", "grpo")}})
+    of_token = {method: f"{method}, centred noise 4" for method in mixed}
+    of_response = {method: f"{method}, common noise 1" for method in ("gspo", "grpo")}
+    draw_places(axes[2], {"each token,\ncentred, sigma 4": ("noise", of_token),
+                          "each response,\ncentred, sigma 1": ("noise", of_response)})
     axes[2].set_title("mixed objectives, and noise common to a response")
     figure.savefig(RESULTS / "noise.png", dpi=110)
 
@@ -341,15 +211,16 @@ def draw_samplers(plt):
     """results/samplers.png: accuracy with samplers that are not the trainer."""
     figure, axes = panels(plt, 3, width=14, sharey=False)
     axes[1].sharey(axes[0])
+    both = ("gspo", "grpo")
     methods = ("gspo", "gspo wide", "grpo")
-    coarse = {"int8": {name: f"{name}, int8" for name in ("gspo", "grpo")},
-              "int4": {method: f"{method}, int4" for method in methods}}
-    coarse["int4,\nrecomputed"] = {name: f"{name}, int4 recomputed" for name in ("gspo", "grpo")}
-    coarse["int4, TIS"] = {"gspo_token, TIS": "gspo_token, int4 tis"}
-    draw_places(axes[0], "sampler", coarse)
+    recomputed = {name: f"{name}, int4 recomputed" for name in both}
+    draw_places(axes[0], {"int8": ("sampler", {name: f"{name}, int8" for name in both}),
+                          "int4": ("sampler", {name: f"{name}, int4" for name in methods}),
+                          "int4,\nrecomputed": ("sampler", recomputed),
+                          "int4, TIS": ("sampler", {"gspo_token, TIS": "gspo_token, int4 tis"})})
     same = {method: method for method in methods}
-    draw_places(axes[1], "lag", {"8 rollouts old": same})
-    draw_places(axes[2], "lag-countdown", {"16 rollouts old": same})
+    draw_places(axes[1], {"8 rollouts old": ("lag", same)})
+    draw_places(axes[2], {"16 rollouts old": ("lag-countdown", same)})
     for axis, title in zip(axes, ("arithmetic, coarse sampler", "arithmetic, old sampler",
                                   "Countdown, old sampler")):
         axis.set_title(title)
@@ -494,7 +365,7 @@ def draw_all():
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
-    for draw in (draw_stale, draw_stale_search, draw_noise, draw_samplers, draw_clip, draw_scatter,
-                 draw_queries):
+    for draw in (draw_stale, draw_stale_search, draw_models, draw_noise, draw_samplers, draw_clip,
+                 draw_scatter, draw_length, draw_queries):
         draw(plt)
         plt.close()

@@ -93,7 +93,7 @@ def after_update(folder: Path):
     return rollout, now, replayed
 
 
-def measure(folder: Path) -> tuple[dict, list[dict]]:
+def measure_scatter(folder: Path) -> tuple[dict, list[dict]]:
     """-> the columns of a row of SCATTER, and of rows of SCATTER_LENGTHS."""
     rollout, now, replayed = after_update(folder)
     mask = rollout.response_mask                                            # (B, T)
@@ -123,11 +123,12 @@ def main():
             arguments = f"{options} --queries uniform --steps {STEPS} --threads 1 --seed {seed}"
             jobs.append((name, seed, ["train.py", *arguments.split()], folder))
     with ThreadPoolExecutor(2) as pool:
-        runs = pool.map(lambda job: experiments.train(*job[2:], stdout=subprocess.DEVNULL), jobs)
-        for (name, seed, arguments, folder), _ in zip(jobs, runs):
-            row, lengths = measure(folder)
+        runs = pool.map(lambda job: experiments.make_run(*job[2:], commit,
+                                                         stdout=subprocess.DEVNULL), jobs)
+        for (name, seed, arguments, folder), made_by in zip(jobs, runs):
+            row, lengths = measure_scatter(folder)
             about = {"regime": name, "seed": seed}
-            origin = {"command": "python " + " ".join(arguments), "commit": commit,
+            origin = {"command": "python " + " ".join(arguments), "commit": made_by,
                       "machine": experiments.machine(n_threads=1)}
             experiments.append(SCATTER_LENGTHS,
                                [experiments.rounded(about | bucket) for bucket in lengths])

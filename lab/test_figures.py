@@ -1,19 +1,20 @@
-"""What lab/figures.py and lab/scatter.py compute, beside numbers worked out by hand and slow loops,
+"""What lab/tables.py, lab/figures.py and lab/scatter.py compute, beside numbers worked out by hand and slow loops,
 and the runs that lab/plan.py lists."""
 import itertools
 import statistics
+import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 
-from lab import experiments, figures, plan, scatter
+from lab import experiments, figures, plan, scatter, tables
 
 
 def test_a_comparison_pairs_the_seeds():
     mine = {"0": 0.5, "1": 0.7, "2": 0.6, "7": 0.0}
     theirs = {"2": 0.3, "0": 0.4, "1": 0.5}
-    c = figures.compare(mine, theirs)
+    c = tables.compare(mine, theirs)
     assert c.mean == pytest.approx(0.2)                     # of 0.1, 0.2 and 0.3
     assert c.error == pytest.approx(0.1 / 3 ** 0.5)
     assert (c.n_above, c.n_pairs) == (3, 3)
@@ -27,8 +28,8 @@ def test_five_differences_of_one_sign_are_significant_and_of_both_signs_are_not(
     ours = {str(seed): 0.1 * seed for seed in range(5)}
     above = {seed: accuracy + 0.1 + 0.01 * int(seed) for seed, accuracy in ours.items()}
     around = {seed: accuracy + 0.1 * (-1) ** int(seed) for seed, accuracy in ours.items()}
-    assert figures.compare(above, ours).significant
-    assert not figures.compare(around, ours).significant
+    assert tables.compare(above, ours).significant
+    assert not tables.compare(around, ours).significant
 
 
 def test_every_arm_has_a_command_and_a_folder_of_its_own():
@@ -41,7 +42,7 @@ def test_every_arm_has_a_command_and_a_folder_of_its_own():
 
 
 def test_the_pairs_that_are_compared_exist():
-    for name, *arms in figures.PAIRS:
+    for name, *arms in tables.PAIRS:
         assert set(arms) <= set(plan.EXPERIMENTS[name].arms)
 
 
@@ -57,6 +58,19 @@ def test_a_run_is_missing_until_it_has_a_row(tmp_path, monkeypatch):
     experiments.append(experiments.EVIDENCE, [row])
     assert len(experiments.missing_runs("fresh")) == 14
     assert ("fresh", "grpo", 3) not in experiments.missing_runs("fresh")
+
+
+def test_a_run_is_told_by_all_commits_that_worked_on_it_and_a_complete_one_by_no_later_one(
+        tmp_path):
+    """In place of train.py: a command that fails at first, then leaves a summary."""
+    out = tmp_path / "runs" / "one"
+    fails = ["-c", "import sys; sys.exit(1)"]
+    ends = ["-c", "import pathlib, sys; out = pathlib.Path(sys.argv[2]); out.mkdir(); "
+                  "(out / 'summary.json').touch()"]
+    with pytest.raises(subprocess.CalledProcessError):
+        experiments.make_run(fails, out, "abc")
+    assert experiments.make_run(ends, out, "def") == "abc+def"
+    assert experiments.make_run(ends, out, "ghi") == "abc+def"
 
 
 @pytest.mark.parametrize("arm, spread, low, high, share", [
@@ -112,7 +126,7 @@ def test_replay_takes_the_part_of_the_router_away(tmp_path, monkeypatch):
     options = ("--cold_steps 30 --cold_tokens 400 --max_digits 1 --steps 1 --threads 1 "
                "--device cpu --lr 0.01 --out run")
     scatter.train.main(options.split())
-    row, lengths = scatter.measure(Path("run"))
+    row, lengths = scatter.measure_scatter(Path("run"))
     layers = [row[f"expert_change_{layer}"] for layer in range(3)]
     assert 0 < max(layers) < 1
     assert row["changed"] >= max(layers)
@@ -126,4 +140,4 @@ def test_every_figure_can_be_drawn_from_the_committed_tables(tmp_path, monkeypat
     figures.draw_all()
     drawn = {path.name for path in tmp_path.glob("*.png")}
     assert drawn == {"stale.png", "stale-search.png", "noise.png", "samplers.png", "clip.png",
-                     "scatter.png", "queries.png"}
+                     "scatter.png", "models.png", "length.png", "queries.png"}
