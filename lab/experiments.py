@@ -166,7 +166,7 @@ def rows_of(out, name, arm, seed, commit, where_it_ran):
            "accuracy_greedy": summary["accuracy_greedy"],
            "reward": mean_of(steps, "reward"), "length": mean_of(steps, "length"),
            "length_right": mean_of(steps, "length_right"),
-           "length_wrong": mean_of(steps, "length_wrong")}
+           "length_wrong": mean_of(steps, "length_wrong"), "entropy": mean_of(steps, "entropy")}
     row |= by_digits(read_table(out / "evaluations.csv"))
     row |= {column: mean_of(later_ones, column) for column in LATER}
     row |= {"kl": mean_of(steps, "kl"), "expert_change": mean_of(steps, "expert_change"),

@@ -206,17 +206,22 @@ EXPERIMENTS["lag-countdown"] = Experiment(
     "Countdown, the sampler 16 rollouts old", f"{COUNTDOWN} {HUNDRED} --lag 16", WITH_WIDE,
     range(5))
 
+# Without 1/|y| the policy moves further in a step: so twice the learning rate was tried as well.
+LENGTH = {"gspo": GSPO, "grpo": GRPO, **TOKEN_MEAN}
+for name in tuple(LENGTH):
+    LENGTH[f"{name}, lr 6e-4"] = f"{LENGTH[name]} --lr 6e-4"
+LENGTH["dr_grpo"] = "--algorithm dr_grpo"
 EXPERIMENTS["length"] = Experiment(
     "arithmetic of one to five digits, with and without 1/|y|",
-    "--queries uniform --max_digits 5 --max_new_tokens 112 --steps 100 --eval_every 50",
-    {"gspo": GSPO, "grpo": GRPO, **TOKEN_MEAN, "dr_grpo": "--algorithm dr_grpo"}, range(5))
+    "--queries uniform --max_digits 5 --max_new_tokens 112 --steps 100 --eval_every 50", LENGTH,
+    range(5))
 
 
 def command(name, arm, seed):
     """What to give to python."""
     experiment = EXPERIMENTS[name]
     arguments = f"{experiment.options} {experiment.arms[arm]} --threads 1 --seed {seed}".split()
-    instruments = "noise" in arm or arm in MIXED or arm in TOKEN_MEAN
+    instruments = "noise" in arm or arm.startswith((*MIXED, *TOKEN_MEAN))
     return ["-m", "lab.instruments", *arguments] if instruments else ["train.py", *arguments]
 
 

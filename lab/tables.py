@@ -53,6 +53,8 @@ PAIRS = [
     ("length", "gspo", "grpo"), ("length", "gspo_token_mean", "gspo"),
     ("length", "grpo_token_mean", "grpo"), ("length", "gspo_token_mean", "grpo_token_mean"),
     ("length", "dr_grpo", "grpo_token_mean"),
+    *(("length", f"{name}_token_mean, lr 6e-4", f"{name}, lr 6e-4") for name in ("gspo", "grpo")),
+    *(("length", f"{name}_token_mean", f"{name}, lr 6e-4") for name in ("gspo", "grpo")),
 ]
 
 
@@ -103,8 +105,8 @@ def print_comparisons():
 
 
 def print_experiments():
-    columns = ("accuracy", "reward", "log_w_std", "log_s_std", "log_s_mean", "clip_low",
-               "clip_high", "kl", "expert_change", "length")
+    columns = ("accuracy", "accuracy_greedy", "reward", "log_w_std", "log_s_std", "log_s_mean",
+               "clip_low", "clip_high", "kl", "expert_change", "length")
     for name in EXPERIMENTS:
         rows = [row for row in read(EVIDENCE) if row["experiment"] == name]
         print(f"\n{name}: {EXPERIMENTS[name].about}\n")
