@@ -23,16 +23,25 @@ from pathlib import Path
 
 from lab import figures, tables
 from lab.plan import (COMPARED, CURVES, EVALUATIONS, EVIDENCE, EXPERIMENTS, RUNS, SETTINGS, command,
-                      folder, mean_of, read)
+                      folder_of, mean_of, read)
 from lab.report import clock, read_table
 
+# Means of metrics.csv over the RL steps, and of updates.csv over the mini-batches after a step's
+# first one, in which nothing has moved yet.
 MEANS = ["reward", "clip_low", "clip_high", "log_s_std", "log_w_std", "outliers", "kl",
          "expert_change", "mismatch_mean", "mismatch_max", "mismatch_kl", "mismatch_experts",
          "seconds", "seconds_rescoring"]
+MEANS_LATER = ["log_w_std", "log_s_std", "log_s_mean", "outliers", "clip_low", "clip_high"]
 
 
 def shell(*words):
     return subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def commit_of_code():
+    """The commit of the checkout, with "-dirty" if anything but results/ differs from it."""
+    changed = shell("git", "status", "--porcelain", "--untracked-files=no", "--", ".", ":!results")
+    return shell("git", "rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")
 
 
 def machine(n_threads=2):
@@ -47,7 +56,13 @@ def machine(n_threads=2):
 
 
 def append(path, new_rows):
-    rows = [*read(path), *new_rows]
+    """Add rows to a table, in place of those that it has of the same runs."""
+    keys = [key for key in ("setting", "experiment", "regime", "arm", "seed") if key in new_rows[0]]
+
+    def run_of(row):
+        return tuple(str(row[key]) for key in keys)
+    new_runs = set(map(run_of, new_rows))
+    rows = [*(row for row in read(path) if run_of(row) not in new_runs), *new_rows]
     columns = dict.fromkeys(itertools.chain(*rows))
     with open(f"{path}.part", "w", newline="") as file:
         writer = csv.DictWriter(file, columns)
@@ -62,45 +77,54 @@ def rounded(row):
             for column, value in row.items()}
 
 
-def make_run(arguments, out, commit, **options):
+def make_run(arguments, out, **options):
     """Make a run in `out`, or what is left of it, unless it is complete -> the commit that made it;
-    several, joined by "+", if the code changed on the way. `commit` is that of the checkout."""
+    several, joined by "+", if the code changed on the way."""
     note = out.with_name(f"{out.name}.commit")      # beside the folder, which must begin empty
-    commits = note.read_text().split("+") if note.exists() else []
+    # Without a checkpoint nothing is left of an earlier try, whatever the note says.
+    begun = (out / "checkpoint.pt").exists()
+    commits = []
+    if begun:
+        commits = note.read_text().split("+") if note.exists() else ["unknown"]
     if (out / "summary.json").exists():
-        return "+".join(commits or ["unknown"])
+        return "+".join(commits)
+    commit = commit_of_code()       # asked for each run: the process that makes it reads the code
     if commit not in commits:
         commits.append(commit)
     out.parent.mkdir(parents=True, exist_ok=True)
     note.write_text("+".join(commits))
-    resume = ["--resume"] if (out / "checkpoint.pt").exists() else []
+    resume = ["--resume"] if begun else []
     subprocess.run([sys.executable, *arguments, *resume, "--out", str(out)], check=True, **options)
     return "+".join(commits)
+
+
+def after_first_mini_batch(updates):
+    """The rows of updates.csv without those of a step's first mini-batch."""
+    return [row for row in updates if row["mini_batch"] != "0"]
 
 
 # ---------------------------------------------------------------------------- settings
 
 def later(out):
-    """Means over the mini-batches after the first of a step: in the first nothing has moved yet."""
-    rows = [row for row in read_table(out / "updates.csv")
-            if int(row["step"]) <= COMPARED and row["mini_batch"] != "0"]
-    chosen = ("log_w_std", "log_s_std", "outliers", "clip_low", "clip_high")
+    """Of a run: the means MEANS_LATER, and of expert_change in each layer, over the compared
+    steps."""
+    compared = [row for row in read_table(out / "updates.csv") if int(row["step"]) <= COMPARED]
+    rows = after_first_mini_batch(compared)
     columns = [column for column in (rows[0] if rows else ())
-               if column in chosen or column.startswith("expert_change_")]
+               if column in MEANS_LATER or column.startswith("expert_change_")]
     return {f"{column}_later_{COMPARED}": mean_of(rows, column) for column in columns}
 
 
-def run_setting(name, options, seed, commit):
-    """Make one run. Then append its evaluations to their table, and its row to the other: its
-    summary, and means over the compared steps (all, of a shorter run). `commit` is that of the
-    checkout."""
+def run_setting(name, options, seed):
+    """Make one run. Then add its evaluations to their table, and its row to the other: its summary,
+    and means over the compared steps (all, of a shorter run)."""
     out = Path("out") / f"{''.join(filter(str.isalnum, name))}-{seed}"
     arguments = ["train.py", *options, "--seed", str(seed)]
-    made_by = make_run(arguments, out, commit)
+    commit = make_run(arguments, out)
     every_step = read_table(out / "metrics.csv")
     compared = every_step[:COMPARED]
     row = {"setting": name, "seed": seed, "command": "python " + " ".join(arguments),
-           "commit": made_by, "machine": machine()}
+           "commit": commit, "machine": machine()}
     summary = json.loads((out / "summary.json").read_text())
     row |= summary.pop("measures")
     row |= {f"{column}_cold_start": value
@@ -130,7 +154,8 @@ def missing_seeds(name):
 
 def missing_runs(name):
     """Of an experiment: (name, arm, seed) of all runs that have no row yet. With several seeds,
-    neighbours differ in them: two runs at a time do not make the same cold start twice."""
+    neighbours differ in them: two runs at a time do not make the same cold start twice. (With one
+    they do, which costs time only.)"""
     present = {(row["experiment"], row["arm"], row["seed"]) for row in read(EVIDENCE)}
     experiment = EXPERIMENTS[name]
     return [(name, arm, seed) for arm, seed in itertools.product(experiment.arms, experiment.seeds)
@@ -148,29 +173,24 @@ def by_digits(evaluations):
     return {column: statistics.fmean(values) for column, values in found.items()}
 
 
-LATER = ("log_w_std", "log_s_std", "log_s_mean", "outliers", "clip_low", "clip_high")
-
-
-def rows_of(out, name, arm, seed, commit, where_it_ran):
+def rows_of(out, name, arm, seed, commit):
     """What a finished run in `out` leaves: a row of EVIDENCE, and rows of CURVES."""
     summary = json.loads((out / "summary.json").read_text())
     steps = read_table(out / "metrics.csv")
-    updates = read_table(out / "updates.csv")
-    # In the first mini-batch of a step nothing has moved yet. kl and expert_change, which
-    # metrics.csv has, are means over all mini-batches.
-    later_ones = [row for row in updates if row["mini_batch"] != "0"]
     row = {"experiment": name, "arm": arm, "seed": seed,
            "command": "python " + " ".join(command(name, arm, seed)), "commit": commit,
-           "machine": where_it_ran, "steps": len(steps),
+           "machine": machine(n_threads=1), "steps": len(steps),
            "accuracy_cold_start": summary["accuracy_cold_start"], "accuracy": summary["accuracy"],
-           "accuracy_greedy": summary["accuracy_greedy"],
-           "reward": mean_of(steps, "reward"), "length": mean_of(steps, "length"),
-           "length_right": mean_of(steps, "length_right"),
-           "length_wrong": mean_of(steps, "length_wrong"), "entropy": mean_of(steps, "entropy")}
+           "accuracy_greedy": summary["accuracy_greedy"]}
+    row |= {column: mean_of(steps, column) for column in ("reward", "length")}
+    later_ones = after_first_mini_batch(read_table(out / "updates.csv"))
+    row |= {column: mean_of(later_ones, column) for column in MEANS_LATER}
+    # kl and expert_change, which metrics.csv has, are means over all mini-batches.
+    row |= {column: mean_of(steps, column) for column in ("kl", "expert_change")}
+    row["seconds_rl"] = summary["seconds_rl"]
+    row |= {column: mean_of(steps, column) for column in ("length_right", "length_wrong",
+                                                          "entropy")}
     row |= by_digits(read_table(out / "evaluations.csv"))
-    row |= {column: mean_of(later_ones, column) for column in LATER}
-    row |= {"kl": mean_of(steps, "kl"), "expert_change": mean_of(steps, "expert_change"),
-            "seconds_rl": summary["seconds_rl"]}
     accuracies = [(0, summary["accuracy_cold_start"])]
     accuracies += [(step["step"], float(step["accuracy"])) for step in steps if step["accuracy"]]
     curves = [{"experiment": name, "arm": arm, "seed": seed, "step": step,
@@ -178,22 +198,22 @@ def rows_of(out, name, arm, seed, commit, where_it_ran):
     return rounded(row), curves
 
 
-def run(name, arm, seed, commit):
+def run(name, arm, seed):
     """Make a run, or what is left of it -> what rows_of gives; None if it failed."""
-    out = folder(name, arm, seed)
+    out = folder_of("evidence", name, arm, seed)
     try:
-        made_by = make_run(command(name, arm, seed), out, commit, capture_output=True, text=True)
+        commit = make_run(command(name, arm, seed), out, capture_output=True, text=True)
     except subprocess.CalledProcessError as error:
-        print(f"{name}: {arm}, seed {seed}: {error.stderr}", flush=True)
+        print(f"{name}: {arm}, seed {seed}: {error}\n{error.stderr}", flush=True)
         return None
-    return rows_of(out, name, arm, seed, made_by, machine(n_threads=1))
+    return rows_of(out, name, arm, seed, commit)
 
 
-def run_two_at_a_time(runs, commit):
+def run_two_at_a_time(runs):
     """Make the runs (name, arm, seed) of a list."""
     began = time.time()
     with ThreadPoolExecutor(2) as pool:
-        results = pool.map(lambda job: run(*job, commit), runs)
+        results = pool.map(lambda job: run(*job), runs)
         for i, result in enumerate(results, start=1):
             if result is None:
                 continue
@@ -229,17 +249,15 @@ def main(words):
         return
     if not words:
         return show_missing()
-    # Asked once: the tables that are written make the checkout dirty.
-    commit = shell("git", "describe", "--always", "--dirty", "--exclude", "*")
     runs = []
     for name in EXPERIMENTS:
         if name in words or "all" in words:
             runs += missing_runs(name)
-    run_two_at_a_time(runs, commit)
+    run_two_at_a_time(runs)
     for name, (options, _) in SETTINGS.items():
         if name in words or "all" in words:
             for seed in missing_seeds(name):
-                run_setting(name, options, seed, commit)
+                run_setting(name, options, seed)
 
 
 if __name__ == "__main__":

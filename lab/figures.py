@@ -8,13 +8,13 @@ from lab.plan import (BEST, CURVES, EVALUATIONS, EVIDENCE, METHODS, MIXED, RANGE
                       RESULTS, SCATTER, SCATTER_LENGTHS, SIGMAS, mean_of, read)
 from lab.tables import bootstrap, endings, search_score
 
-# Colour, line and marker of each method: they differ in grey too.
+# Colour, line and marker of each method. Two in one panel differ in grey too.
 STYLES = {
     "gspo": ("#1f5fa8", "-", "o"), "grpo": ("#d9822b", "--", "s"),
     "grpo, r3": ("#7d4f9e", ":", "^"), "gspo_clip_grpo_weight": ("#2a9d8f", "-.", "v"),
     "grpo_clip_gspo_weight": ("#b23a48", (0, (5, 1)), "D"),
     "grpo_dual_clip": ("#6b705c", (0, (1, 1)), "P"), "gspo wide": ("#6fa8dc", ":", "X"),
-    "gspo fitted": ("#6fa8dc", ":", "X"), "reinforce": ("#333333", "-", "."),
+    "gspo fitted": ("#6fa8dc", ":", "X"),
     "gspo_token, TIS": ("#1f5fa8", "-", "*"), "dr_grpo": ("#b23a48", "-.", "D"),
 }
 
@@ -98,11 +98,12 @@ def draw_search(axis, name):
     axis.minorticks_off()
     axis.set_xlabel("learning rate")
     axis.set_ylim(0, 0.6)
-    axis.legend(fontsize=7, ncols=2)
+    if axis.lines:
+        axis.legend(fontsize=7, ncols=2)
 
 
 def draw_stale(plt):
-    """results/stale.png: Countdown with few and with many updates a rollout."""
+    """results/stale.png: Countdown with few and with many optimiser steps on a rollout."""
     figure, axes = panels(plt, 2)
     axes[0].set_title("4 optimiser steps on each rollout")
     draw_curves(axes[0], "fresh", METHODS)
@@ -126,7 +127,7 @@ def draw_stale_search(plt):
 
 
 def draw_models(plt):
-    """results/models.png: Countdown with many updates a rollout, and with three models."""
+    """results/models.png: Countdown with many optimiser steps on a rollout, with three models."""
     figure, axes = panels(plt, 3, width=14)
     models = {"stale-dense": "dense", "stale": "2 of 8 experts active",
               "stale-fine": "8 of 32 experts active"}
@@ -181,6 +182,7 @@ def draw_dose(axis, kind):
         spread = spread_of(name, arm)
         if spread:
             axis.axvline(spread, color="grey", linewidth=0.8, linestyle=":")
+            # 0.42 is below all points.
             axis.text(spread, 0.42, label, rotation=90, fontsize=7, ha="right", va="bottom")
     axis.set_xscale("log")
     axis.set_xlabel("spread of log w over tokens")
@@ -188,7 +190,7 @@ def draw_dose(axis, kind):
 
 
 def draw_noise(plt):
-    """results/noise.png: accuracy over the spread of noise on the token ratios."""
+    """results/noise.png: accuracy over the spread of log w under noise; mixed objectives."""
     figure, axes = panels(plt, 3, width=15)
     for axis in axes:
         axis.axhline(statistics.fmean(endings("noise", "reinforce, noise 0").values()),
@@ -196,7 +198,7 @@ def draw_noise(plt):
     draw_dose(axes[0], "noise")
     draw_dose(axes[1], "centred noise")
     axes[0].set_ylabel("held-out accuracy after 80 steps, arithmetic")
-    axes[0].set_title("noise of mean 1 on w: log s shifts by -sigma²/2")
+    axes[0].set_title("w times noise of mean 1: log s shifts by -sigma²/2")
     axes[1].set_title("noise of mean 0 on log w: no shift")
     mixed = ("gspo", "gspo fitted", "grpo", "grpo_dual_clip", *MIXED)
     of_token = {method: f"{method}, centred noise 4" for method in mixed}
@@ -259,7 +261,7 @@ def draw_clip(plt):
         over_range.plot([clip_range(row)[0] for row in of_method], measured, **looks)
         beside_gaussian.plot(list(map(clipped_if_normal, of_method)), measured, **looks)
     beside_gaussian.plot([1e-6, 1], [1e-6, 1], color="black", linewidth=0.8, label="as predicted")
-    over_range.set_xlabel("clip range below 1")
+    over_range.set_xlabel("clip_low")
     over_range.set_ylabel("share of tokens clipped")
     beside_gaussian.set_xlabel("share that a Gaussian predicts")
     for axis in (over_range, beside_gaussian):

@@ -1,5 +1,6 @@
 """Runs that the command line of train.py cannot make: noise on the stored log-probs, and objectives
-that mix the parts of GSPO and GRPO, or leave out their 1/|y|. All other options are those of train.py.
+that mix the parts of GSPO and GRPO or leave out their 1/|y|. All other options are those of
+train.py.
 
     python -m lab.instruments --noise 1 --algorithm grpo
     python -m lab.instruments --common_noise 1 --algorithm gspo
@@ -7,10 +8,11 @@ that mix the parts of GSPO and GRPO, or leave out their 1/|y|. All other options
 
 Noise of spread sigma changes the stored log-probs, so that each token's ratio w gets a factor
 exp(sigma z - sigma^2 / 2), z normal. Its mean is 1, as that of a true ratio is over the tokens of a
-sampler. So the mean of log w moves by -sigma^2 / 2, and log s with it: s is then below 1 for nearly
-every response, however many tokens it has. With --centred this shift is left out: the mean of log w
-stays. With --noise every token has a z of its own, with --common_noise all tokens of a response
-have the same. The noise is not in config.json: give it again with --resume.
+sampler. So the mean of log w moves by -sigma^2 / 2, and log s with it, while the spread of log s
+shrinks with the length: the longer a response, the surer is its s below 1. With --centred this
+shift is left out: the mean of log w stays. With --noise every token has a z of its own, with
+--common_noise all tokens of a response have the same. The noise is not in config.json: give it
+again with --resume.
 """
 import argparse
 import random
@@ -47,8 +49,8 @@ def grpo_clip_gspo_weight(r: Ratios, A: Tensor, low: float,
                           high: float) -> tuple[Tensor, Tensor]:
     """A token is kept or clipped as in GRPO; if kept, it has the weight s of GSPO."""
     _, clipped = gspo.grpo(r, A, low, high)
-    of_token = (r.logp - r.logp.detach()) + r.log_s.detach()    # see gspo.gspo_token
-    return torch.where(clipped, A, of_token.exp() * A), clipped
+    log_s = (r.logp - r.logp.detach()) + r.log_s.detach()       # see gspo.gspo_token
+    return torch.where(clipped, A, log_s.exp() * A), clipped
 
 
 INSTRUMENTS = {
@@ -93,7 +95,8 @@ def add_noise(train, sigma: float, common: float, centred: bool):
 def main():
     parser = argparse.ArgumentParser(prog="python -m lab.instruments", allow_abbrev=False,
                                      description=__doc__.partition("\n\n")[0],
-                                     epilog="All other options: python train.py --help")
+                                     epilog="All other options: python train.py --help. More for "
+                                            f"--algorithm: {', '.join(INSTRUMENTS)}")
     parser.add_argument("--noise", type=float, default=0, help="spread, for each token")
     parser.add_argument("--common_noise", type=float, default=0, help="spread, for each response")
     parser.add_argument("--centred", action="store_true", help="the mean of log w stays")

@@ -22,9 +22,9 @@ import gspo
 import train
 from data.queries import Queries
 from lab import experiments
-from lab.plan import REGIMES, SCATTER, SCATTER_LENGTHS, read
+from lab.plan import REGIMES, SCATTER, SCATTER_LENGTHS, folder_of, read
 
-STEPS = 20          # RL steps of a run before the measurement
+STEPS_BEFORE = 20          # RL steps of a run before the measurement
 SEEDS = range(5)
 N_BUCKETS = 4       # of the responses, by length
 
@@ -113,23 +113,25 @@ def measure_scatter(folder: Path) -> tuple[dict, list[dict]]:
     return row, by_length(log_w, mask)
 
 
+def run(name: str, seed: int) -> dict:
+    """Make a run of a regime -> the columns that say what it was."""
+    arguments = (f"train.py {REGIMES[name]} --queries uniform --steps {STEPS_BEFORE} --threads 1 "
+                 f"--seed {seed}")
+    commit = experiments.make_run(arguments.split(), folder_of("scatter", name, seed),
+                                  stdout=subprocess.DEVNULL)
+    return {"command": f"python {' '.join(arguments.split())}", "commit": commit,
+            "machine": experiments.machine(n_threads=1)}
+
+
 def main():
-    commit = experiments.shell("git", "describe", "--always", "--dirty", "--exclude", "*")
     done = {(row["regime"], row["seed"]) for row in read(SCATTER)}
-    jobs = []
-    for (name, options), seed in itertools.product(REGIMES.items(), SEEDS):
-        if (name, str(seed)) not in done:
-            folder = Path("out/scatter") / f"{name} {seed}".replace(",", "").replace(" ", "-")
-            arguments = f"{options} --queries uniform --steps {STEPS} --threads 1 --seed {seed}"
-            jobs.append((name, seed, ["train.py", *arguments.split()], folder))
+    missing = [(name, seed) for name, seed in itertools.product(REGIMES, SEEDS)
+               if (name, str(seed)) not in done]
     with ThreadPoolExecutor(2) as pool:
-        runs = pool.map(lambda job: experiments.make_run(*job[2:], commit,
-                                                         stdout=subprocess.DEVNULL), jobs)
-        for (name, seed, arguments, folder), made_by in zip(jobs, runs):
-            row, lengths = measure_scatter(folder)
+        runs = pool.map(lambda job: run(*job), missing)
+        for (name, seed), origin in zip(missing, runs):
+            row, lengths = measure_scatter(folder_of("scatter", name, seed))
             about = {"regime": name, "seed": seed}
-            origin = {"command": "python " + " ".join(arguments), "commit": made_by,
-                      "machine": experiments.machine(n_threads=1)}
             experiments.append(SCATTER_LENGTHS,
                                [experiments.rounded(about | bucket) for bucket in lengths])
             experiments.append(SCATTER, [experiments.rounded(about | row) | origin])

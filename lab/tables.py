@@ -10,8 +10,8 @@ from lab.plan import (BEST, COMPARED, CURVES, EVIDENCE, EXPERIMENTS, MIXED, RANG
 
 
 def endings(name, arm, column="accuracy"):
-    """{seed: held-out accuracy at the end, or another column of EVIDENCE}, without runs that were
-    cut."""
+    """{seed: held-out accuracy at the end, or another column of EVIDENCE}, without runs that
+    have none: they were stopped early."""
     return {row["seed"]: float(row[column]) for row in read(EVIDENCE)
             if row["experiment"] == name and row["arm"] == arm and row[column]}
 
@@ -59,7 +59,7 @@ PAIRS = [
 
 
 class Comparison(NamedTuple):
-    """How far one arm ends above another, in pairs of seeds."""
+    """How far one arm ends above another, in pairs of runs with the same seed."""
     mean: float
     error: float        # the standard error of the mean
     low: float          # bounds of the mean, from bootstrap
@@ -90,15 +90,16 @@ def compare(mine, theirs):
 # ---------------------------------------------------------------------------- tables
 
 def print_comparisons():
-    print(f"\n{len(PAIRS)} comparisons. With no effect at all, one t test in 20 is significant.")
-    print("\n| experiment | difference | mean ± standard error | interval | above on | t test |")
-    print("|---|---|---|---|---|---|")
+    comparisons = {}
     for name, arm, other in PAIRS:
         mine = endings(name, arm)
         theirs = endings(name, other)
-        if len(mine.keys() & theirs.keys()) < 2:
-            continue
-        c = compare(mine, theirs)
+        if len(mine.keys() & theirs.keys()) > 1:
+            comparisons[name, arm, other] = compare(mine, theirs)
+    print(f"\n{len(comparisons)} comparisons. With no effect, one t test in 20 is significant.")
+    print("\n| experiment | difference | mean ± standard error | interval | above on | t test |")
+    print("|---|---|---|---|---|---|")
+    for (name, arm, other), c in comparisons.items():
         print(f"| {name} | {arm} - {other} | {c.mean:+.3f} ± {c.error:.3f} | {c.low:+.3f} to "
               f"{c.high:+.3f} | {c.n_above} of {c.n_pairs} | "
               f"{'significant' if c.significant else 'not significant'} |")

@@ -1,6 +1,8 @@
-"""What lab/tables.py, lab/figures.py and lab/scatter.py compute, beside numbers worked out by hand and slow loops,
-and the runs that lab/plan.py lists."""
+"""What lab/tables.py, lab/figures.py, lab/scatter.py and lab/experiments.py compute, beside numbers
+worked out by hand and slow loops, and the runs that lab/plan.py lists."""
 import itertools
+import math
+import shutil
 import statistics
 import subprocess
 from pathlib import Path
@@ -8,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lab import experiments, figures, plan, scatter, tables
+from lab import experiments, figures, instruments, plan, scatter, tables
 
 
 def test_a_comparison_pairs_the_seeds():
@@ -35,10 +37,28 @@ def test_five_differences_of_one_sign_are_significant_and_of_both_signs_are_not(
 def test_every_arm_has_a_command_and_a_folder_of_its_own():
     folders = []
     for name, experiment in plan.EXPERIMENTS.items():
-        folders += [plan.folder(name, arm, 0) for arm in experiment.arms]
+        folders += [plan.folder_of("evidence", name, arm, 0) for arm in experiment.arms]
         commands = [" ".join(plan.command(name, arm, 0)) for arm in experiment.arms]
         assert len(set(commands)) == len(commands)
     assert len(set(folders)) == len(folders)
+
+
+def test_the_instruments_run_what_train_py_does_not_know():
+    for name, experiment in plan.EXPERIMENTS.items():
+        for arm in experiment.arms:
+            program = plan.command(name, arm, 0)
+            algorithm = program[program.index("--algorithm") + 1]
+            needed = "noise" in arm or algorithm in instruments.INSTRUMENTS
+            assert (program[0] == "-m") == needed, (name, arm)
+
+
+@pytest.mark.parametrize("method, best", list(zip(("gspo", "grpo"), plan.BEST)))
+def test_the_best_cells_are_those_of_the_committed_search(method, best):
+    scores = {}
+    for arm in plan.SEARCHED:
+        if arm.startswith(method):
+            scores[arm] = tables.search_score("stale-search", arm) or 0
+    assert max(scores, key=scores.get) == best
 
 
 def test_the_pairs_that_are_compared_exist():
@@ -60,23 +80,51 @@ def test_a_run_is_missing_until_it_has_a_row(tmp_path, monkeypatch):
     assert ("fresh", "grpo", 3) not in experiments.missing_runs("fresh")
 
 
-def test_a_run_is_told_by_all_commits_that_worked_on_it_and_a_complete_one_by_no_later_one(
-        tmp_path):
-    """In place of train.py: a command that fails at first, then leaves a summary."""
+def test_a_row_replaces_that_of_the_same_run(tmp_path):
+    path = tmp_path / "table.csv"
+    curve = {"experiment": "fresh", "arm": "gspo", "seed": 0}
+    experiments.append(path, [curve | {"step": 0}, curve | {"step": 50}])
+    experiments.append(path, [curve | {"seed": 1, "step": 0, "entropy": 0.5}])
+    experiments.append(path, [curve | {"step": 25}])
+    rows = [(row["seed"], row["step"], row["entropy"]) for row in plan.read(path)]
+    assert rows == [("1", "0", "0.5"), ("0", "25", "")]
+
+
+# In place of train.py: leaves some of a run's files.
+LEAVE = """
+import pathlib, sys
+out = pathlib.Path(sys.argv[sys.argv.index("--out") + 1])
+out.mkdir(exist_ok=True)
+for name in sys.argv[1].split(","):
+    (out / name).touch()
+sys.exit("summary.json" not in sys.argv[1])
+"""
+
+
+def test_a_row_names_the_commits_that_made_its_run(tmp_path, monkeypatch):
     out = tmp_path / "runs" / "one"
-    fails = ["-c", "import sys; sys.exit(1)"]
-    ends = ["-c", "import pathlib, sys; out = pathlib.Path(sys.argv[2]); out.mkdir(); "
-                  "(out / 'summary.json').touch()"]
-    with pytest.raises(subprocess.CalledProcessError):
-        experiments.make_run(fails, out, "abc")
-    assert experiments.make_run(ends, out, "def") == "abc+def"
-    assert experiments.make_run(ends, out, "ghi") == "abc+def"
+
+    def made_by(commit, files):
+        monkeypatch.setattr(experiments, "commit_of_code", lambda: commit)
+        try:
+            return experiments.make_run(["-c", LEAVE, files], out)
+        except subprocess.CalledProcessError:
+            return "killed"
+    # Killed before its first checkpoint, then after it; what a later commit makes goes on there.
+    assert made_by("abc", "lock") == "killed"
+    assert made_by("def", "checkpoint.pt") == "killed"
+    assert made_by("ghi", "checkpoint.pt,summary.json") == "def+ghi"
+    # A run that is complete is not made again.
+    assert made_by("jkl", "checkpoint.pt,summary.json") == "def+ghi"
+    # Its folder is removed, to repeat it.
+    shutil.rmtree(out)
+    assert made_by("mno", "checkpoint.pt,summary.json") == "mno"
 
 
 @pytest.mark.parametrize("arm, spread, low, high, share", [
     # A normal variable is below -1 or above 1 standard deviation with a chance of 0.1587 each.
-    ("gspo", 0.01, 1 - 2.718281828459045 ** -0.01, 2.718281828459045 ** 0.01 - 1, 0.1587),
-    ("grpo", 0.2, 1 - 2.718281828459045 ** -0.2, 100, 0.1587 / 2),
+    ("gspo", 0.01, 1 - math.exp(-0.01), math.exp(0.01) - 1, 0.1587),
+    ("grpo", 0.2, 1 - math.exp(-0.2), 100, 0.1587 / 2),
     ("grpo", 0.2, 1, 100, 0.0),
 ])
 def test_a_gaussian_is_clipped_in_its_tails(arm, spread, low, high, share):
