@@ -38,8 +38,8 @@ from torch.nn.functional import one_hot
 
 from moe import MoETransformer, Rollout, at_least_fp32, autocast
 
-# exp(20) is finite in fp32. Without a bound, inf * 0 would be a NaN gradient; no healthy run comes
-# near it.
+# exp(20) is finite in fp32, exp(89) is not: where the minimum then takes the gradient away, inf * 0
+# would be NaN. No healthy run comes near the bound.
 MAX_LOG_RATIO = 20.0
 
 
@@ -174,7 +174,7 @@ def policy_loss(algorithm: str, logp: Tensor, logp_old: Tensor, advantages: Tens
     contribution, clipped = objective_of(r, A, low, high)                  # (B, T) each
     per_response = torch.where(mask, contribution, 0).sum(dim=1)           # (B,)
     objective = (per_response * token_weights).sum()
-    return -objective, clipped & (A != 0)
+    return -objective, clipped & (A != 0)       # `clip` takes A = 0 for a bad token
 
 
 # ---------------------------------------------------------------------------- the update
@@ -350,7 +350,7 @@ def accumulate_gradient(model: MoETransformer, mini_batch: Experience, settings:
         # logp_old was stored by moe.generate when it sampled (or by rescore, before the update). In
         # the first mini-batch the model has not moved since: every ratio is 1, up to rounding, and
         # nothing is clipped. Each optimiser step moves the model further away. (A sampler in lower
-        # precision whose log-probs are trusted is a little off from the start.)
+        # precision or with older weights, whose log-probs are trusted, is off from the start.)
         logp_old = part.rollout.logp
         scores = score(model, part.rollout, settings.temperature, settings.routing_replay != "none",
                        settings.dtype)

@@ -506,9 +506,10 @@ def rl_step(run: Run, learner: Learner, queries: Queries,
 
     seconds = time.time() - began
     if step == 1 and settings.routing_replay != "none":
-        print(f"  routing replay {settings.routing_replay}: a pass that records the experts took "
-              f"{metrics.get('seconds_rescoring', 0):.3f} of {seconds:.3f} s; the record has "
-              f"{samples.rollout.routes.nbytes / 1024:.0f} KiB")
+        recorded = (f"in a pass of {metrics['seconds_rescoring']:.3f} of {seconds:.3f} s"
+                    if "seconds_rescoring" in metrics else "by the sampler, which costs no pass")
+        print(f"  routing replay {settings.routing_replay}: the experts were recorded {recorded}; "
+              f"the record has {samples.rollout.routes.nbytes / 1024:.0f} KiB")
     n_tokens = sum(response.length for response in samples.all_responses)
     row = report.response_metrics(samples.all_responses) | report.means(updates) | metrics
     # How far the sampler was from the trainer shows in the first mini-batch, where the trainer has
@@ -821,10 +822,18 @@ def parse(argv: list[str] | None) -> tuple[Config, object, dict, dict | None]:
                           if is_free(Path(f"out/run-{i}")))
     if state is None and not is_free(Path(config.out)):
         raise ValueError(f"argument --out: {config.out} is not empty; --resume it or name another")
-    if todo["resume"] and config.steps <= state["step"]:
+    made = state["step"] if state else 0
+    if todo["resume"] and (config.steps < made or config.steps == made and reported(config, made)):
         raise ValueError(f"argument --steps: {config.out} has made {state['step']} steps already; "
                          "ask for more")
     return config, task, todo, state
+
+
+def reported(config: Config, step: int) -> bool:
+    """True if the run has its report after so many steps. A run that was killed at its very end has
+    the last checkpoint, but no report yet."""
+    path = Path(config.out) / "summary.json"
+    return path.exists() and json.loads(path.read_text())["steps"] == step
 
 
 def build(config: Config, task, state: dict | None = None) -> Run:

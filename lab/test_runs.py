@@ -140,6 +140,20 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_leaves_a_folder_to_us
     assert not Path("out/run-2").exists()
 
 
+def test_a_run_that_was_killed_between_its_last_step_and_its_report_makes_the_report(
+        train, monkeypatch):
+    def killed(*arguments):
+        raise KeyboardInterrupt
+    assert train(*SHORT, "1") == 0
+    with monkeypatch.context() as patch:        # the report of step 1 is there already
+        patch.setattr(train_py, "finish", killed)
+        assert train("--resume", "--steps", "2") == 130
+    assert train("--resume") == 0
+    assert json.loads(Path("out/run-1/summary.json").read_text())["steps"] == 2
+    assert len(metrics("out/run-1")) == 2
+    assert train("--resume") == 2               # nothing left to do
+
+
 def test_the_reward_rises_in_a_miniature_run_past_that_of_the_teacher(train):
     assert train("--max_digits", "1", "--think", "0", "--guess", "0.5", "--cold_steps", "200",
                  "--cold_tokens", "1280", "--steps", "25", "--lr", "1e-3", "--threads", "1") == 0
