@@ -833,7 +833,7 @@ def reported(config: Config, step: int) -> bool:
     """True if the run has its report after so many steps. A run that was killed at its very end has
     the last checkpoint, but no report yet."""
     path = Path(config.out) / "summary.json"
-    return path.exists() and json.loads(path.read_text())["steps"] == step
+    return path.exists() and json.loads(path.read_text()).get("steps") == step
 
 
 def build(config: Config, task, state: dict | None = None) -> Run:

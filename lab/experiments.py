@@ -188,8 +188,7 @@ def rows_of(out, name, arm, seed, commit):
     # kl and expert_change, which metrics.csv has, are means over all mini-batches.
     row |= {column: mean_of(steps, column) for column in ("kl", "expert_change")}
     row["seconds_rl"] = summary["seconds_rl"]
-    row |= {column: mean_of(steps, column) for column in ("length_right", "length_wrong",
-                                                          "entropy")}
+    row |= {column: mean_of(steps, column) for column in ("length_right", "length_wrong")}
     row |= by_digits(read_table(out / "evaluations.csv"))
     accuracies = [(0, summary["accuracy_cold_start"])]
     accuracies += [(step["step"], float(step["accuracy"])) for step in steps if step["accuracy"]]

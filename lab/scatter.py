@@ -24,7 +24,7 @@ from data.queries import Queries
 from lab import experiments
 from lab.plan import REGIMES, SCATTER, SCATTER_LENGTHS, folder_of, read
 
-STEPS_BEFORE = 20          # RL steps of a run before the measurement
+STEPS_BEFORE = 20   # RL steps of a run before the measurement
 SEEDS = range(5)
 N_BUCKETS = 4       # of the responses, by length
 
