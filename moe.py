@@ -9,7 +9,7 @@ One layer:   x = x + attention(norm(x))
     experts     y = sum over the active e of weight_e * down_e(silu(gate_e x) * up_e x)
 
 Dropout, router noise and expert capacity are left out. With them the log-prob of a response would
-depend on chance or on its batch mates, and the ratio of GSPO is a ratio of log-probs. Qwen3 has no
+be random or depend on its batch mates, and the ratio of GSPO is a ratio of log-probs. Qwen3 has no
 shared expert, so this model has none either.
 
 Routing is data: the active experts come out of a forward pass as a tensor (`routes`), and a later
@@ -21,14 +21,15 @@ rectangle; between two attentions a layer computes only the real tokens, as one 
 `unpad` and `pad`.
 
 The letters in shape comments:
-    B rows (responses)    S columns    T the last of them: those of a call, or of the responses
-    N real tokens         L layers     E experts    K active experts
-    D width of the model  H query heads             C width of a head
+    P prompts    G responses to each prompt    B = P*G rows, one for each response
+    S columns: W of the prompts, then T of the responses
+    `new` columns of a call: all S, or those that a cache has not seen yet
+    N real tokens of a call: those that are not padding
+    L layers     E experts    K active experts    D width of the model    H query heads of width C
 """
-import contextlib
 import copy
 from dataclasses import dataclass
-from typing import ContextManager, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -45,17 +46,17 @@ class MoEConfig:
     n_head: int = 4
     n_kv_head: int = 2          # n_head / n_kv_head query heads share one key/value head
     n_expert: int = 8
-    n_active: int = 2
+    n_active: int = 2           # with 1 the only weight is always 1: the router cannot learn
     d_expert: int = 64          # width inside an expert
     rope_theta: float = 10_000.0
     norm_eps: float = 1e-6
 
     def __post_init__(self):
-        def require(condition, name, remedy):
+        def require(condition: bool, name: str, remedy: str):
             if not condition:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be {remedy}")
-        for name, kind in self.__annotations__.items():
-            require(kind is float or getattr(self, name) >= 1, name, "at least 1")
+        for name in vars(self):
+            require(getattr(self, name) > 0, name, "above 0")
         require(self.d_model % (2 * self.n_head) == 0, "d_model", "a multiple of 2 * n_head")
         require(self.n_head % self.n_kv_head == 0, "n_kv_head", "a divisor of n_head")
         require(self.n_active <= self.n_expert, "n_active", f"at most n_expert, {self.n_expert}")
@@ -65,7 +66,7 @@ class MoEConfig:
 # ---------------------------------------------------------------------------- the model
 
 def unpad(x: Tensor, places: Tensor) -> Tensor:
-    """The rectangle x (B, T, ...) -> the flat list of its real tokens (N, ...), row after row.
+    """The rectangle x (B, new, ...) -> the flat list of its real tokens (N, ...), row after row.
 
     `places` (N,) are the positions of the real tokens if you number the rectangle's cells row after
     row, from 0. The "." is padding:
@@ -77,23 +78,14 @@ def unpad(x: Tensor, places: Tensor) -> Tensor:
 
 
 def pad(x: Tensor, places: Tensor, shape: tuple[int, int]) -> Tensor:
-    """The inverse of unpad: the flat list x (N, ...) -> the rectangle (B, T, ...), for a `shape` of
-    (B, T), with 0 in padding."""
-    B, T = shape
-    cells = x.new_zeros(B * T, *x.shape[1:])
-    return cells.index_copy(0, places, x).unflatten(0, (B, T))
+    """The inverse of unpad: x (N, ...) -> the rectangle (B, new, ...), with 0 in padding."""
+    B, new = shape
+    cells = x.new_zeros(B * new, *x.shape[1:])
+    return cells.index_copy(0, places, x).unflatten(0, (B, new))
 
 
 def at_least_fp32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def autocast(device: torch.device, dtype: str) -> ContextManager:
-    """With this, PyTorch computes matrix products in bfloat16 or float16, if `dtype` says so. The
-    weights, what the layers add up, softmax, norms and rotary positions stay in fp32."""
-    if dtype == "float32":
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, getattr(torch, dtype))
 
 
 def rotate(x: Tensor, freqs_cis: Tensor) -> Tensor:
@@ -104,34 +96,26 @@ def rotate(x: Tensor, freqs_cis: Tensor) -> Tensor:
     return torch.view_as_real(pairs * freqs_cis).flatten(-2).to(x.dtype)
 
 
-class LayerCache:
-    """The keys and values of one layer for all columns so far, (B, n_kv_head, S, C) each."""
-    def __init__(self):
-        self.keys = None
-        self.values = None
-
-    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Add the newest T columns -> the keys and values of all S columns."""
-        if self.keys is not None:
-            keys = torch.cat((self.keys, keys), dim=2)
-            values = torch.cat((self.values, values), dim=2)
-        self.keys = keys
-        self.values = values
-        return keys, values
-
-
 class KVCache:
     """What the sampler keeps of the columns so far, so that each pass computes only new ones."""
-    def __init__(self, n_layer: int):
-        self.mask = None                    # (B, S), True for real tokens
-        self.layers = [LayerCache() for _ in range(n_layer)]
+    def __init__(self):
+        self.mask = None        # (B, S), True for real tokens
+        self.layers = {}        # Attention -> its keys and its values, (B, n_kv_head, S, C) each
+
+    def append(self, attention: "Attention", keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Add those of the new columns -> those of all S columns."""
+        if attention in self.layers:
+            old_keys, old_values = self.layers[attention]
+            keys = torch.cat((old_keys, keys), dim=2)
+            values = torch.cat((old_values, values), dim=2)
+        self.layers[attention] = keys, values
+        return keys, values
 
     def keep_rows(self, rows: Tensor):
         """Keep only the chosen rows; a row can be chosen several times."""
         self.mask = self.mask.index_select(0, rows)
-        for layer in self.layers:
-            layer.keys = layer.keys.index_select(0, rows)
-            layer.values = layer.values.index_select(0, rows)
+        for attention, (keys, values) in self.layers.items():
+            self.layers[attention] = keys.index_select(0, rows), values.index_select(0, rows)
 
 
 class Attention(nn.Module):
@@ -148,22 +132,21 @@ class Attention(nn.Module):
         self.k_norm = nn.RMSNorm(self.C, config.norm_eps)
 
     def forward(self, x: Tensor, freqs_cis: Tensor, visible: Tensor, places: Tensor,
-                cache: LayerCache | None = None) -> Tensor:
-        """x (N, D), freqs_cis (N, 1, C/2), visible (B, 1, T, S), places (N,) -> (N, D)."""
-        B, _, T, _ = visible.shape
+                cache: KVCache | None = None) -> Tensor:
+        """x (N, D), freqs_cis (N, 1, C/2), visible (B, 1, new, S), places (N,) -> (N, D)."""
+        B, _, new, _ = visible.shape
         q = self.q(x).unflatten(1, (-1, self.C))                        # (N, H, C)
         k = self.k(x).unflatten(1, (-1, self.C))                        # (N, n_kv_head, C)
         v = self.v(x).unflatten(1, (-1, self.C))
-        # Of the norm's type: under autocast q and k are of another one.
-        q = rotate(self.q_norm(q.to(self.q_norm.weight.dtype)), freqs_cis)
-        k = rotate(self.k_norm(k.to(self.k_norm.weight.dtype)), freqs_cis)
-        q = pad(q, places, (B, T)).transpose(1, 2)                      # (B, H, T, C)
-        k = pad(k, places, (B, T)).transpose(1, 2)                      # (B, n_kv_head, T, C)
-        v = pad(v, places, (B, T)).transpose(1, 2)
+        q = rotate(self.q_norm(q), freqs_cis)
+        k = rotate(self.k_norm(k), freqs_cis)
+        q = pad(q, places, (B, new)).transpose(1, 2)                    # (B, H, new, C)
+        k = pad(k, places, (B, new)).transpose(1, 2)                    # (B, n_kv_head, new, C)
+        v = pad(v, places, (B, new)).transpose(1, 2)
         if cache is not None:
-            k, v = cache.append(k, v)                                   # (B, n_kv_head, S, C)
+            k, v = cache.append(self, k, v)                             # (B, n_kv_head, S, C)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, enable_gqa=True)
-        y = y.transpose(1, 2).flatten(2)                                # (B, T, D)
+        y = y.transpose(1, 2).flatten(2)                                # (B, new, D)
         return self.o(unpad(y, places))
 
 
@@ -183,9 +166,7 @@ class Experts(nn.Module):
         """x (N, D) -> y (N, D), routes (N, K), router_logits (N, E).
 
         `routes` that you pass in are activated in place of the router's own choice (replay)."""
-        # Not under autocast: rounded logits are often equal, and then other experts win.
-        with torch.autocast(x.device.type, enabled=False):
-            router_logits = at_least_fp32(self.router(x))               # (N, E)
+        router_logits = at_least_fp32(self.router(x))                   # (N, E)
         if routes is None:
             routes = router_logits.topk(self.n_active).indices          # (N, K)
         # Softmax over all experts, divided by the sum of the active ones, is softmax over the
@@ -216,18 +197,18 @@ class Layer(nn.Module):
         self.experts = Experts(config)
 
     def forward(self, x: Tensor, freqs_cis: Tensor, visible: Tensor, places: Tensor,
-                cache: LayerCache | None, routes: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+                cache: KVCache | None, routes: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         x = x + self.attention(self.attention_norm(x), freqs_cis, visible, places, cache)
         y, routes, router_logits = self.experts(self.experts_norm(x), routes)
         return x + y, routes, router_logits
 
 
 class Output(NamedTuple):
-    """What a forward pass returns. In padding, logits and router_logits are 0."""
+    """What a forward pass returns; 0 in padding."""
     logits: Tensor          # (B, logits_to_keep, vocab_size)
-    hidden: Tensor          # (B, logits_to_keep, D): the logits are made of these
-    routes: Tensor          # (L, B, T, K) the active experts, most probable first
-    router_logits: Tensor   # (L, B, T, E) in fp32
+    hidden: Tensor          # (B, logits_to_keep, D) what the logits are made of
+    routes: Tensor          # (B, new, L, K) the active experts, most probable first
+    router_logits: Tensor   # (B, new, L, E) in fp32
 
 
 class MoETransformer(nn.Module):
@@ -251,15 +232,15 @@ class MoETransformer(nn.Module):
         nn.init.normal_(self.embed.weight, std=1.0)
 
     def forward(self, tokens: Tensor, mask: Tensor, routes: Tensor | None = None,
-                cache: KVCache | None = None, logits_to_keep: int | None = None) -> Output:
-        """Tokens (B, T) -> Output. What stands in padding, on either side, changes nothing.
+                cache: KVCache | None = None, logits_to_keep: int = 0) -> Output:
+        """Tokens (B, new) -> Output. What stands in padding, on either side, changes nothing.
 
-        mask (B, T)           True for real tokens
-        routes (L, B, T, K)   experts to activate instead of the router's choice (replay)
-        cache                 what came before; this call adds its T columns to it
-        logits_to_keep        the last columns, whose logits you want; None for all
+        mask (B, new)         True for real tokens
+        routes (B, new, L, K) experts to activate instead of the router's choice (replay)
+        cache                 what came before; this call adds its columns to it
+        logits_to_keep        the last columns, whose logits you want; 0 for all
         ValueError for more columns than config.max_length."""
-        B, T = tokens.shape
+        B, new = tokens.shape
         all_mask = mask                                                 # (B, S)
         if cache is not None:
             if cache.mask is not None:
@@ -272,41 +253,36 @@ class MoETransformer(nn.Module):
         places = mask.flatten().nonzero()[:, 0]                         # (N,)
         x = self.embed(unpad(tokens, places))                           # (N, D)
         # The first real token of a row has position 0, however much padding stands before it.
-        positions = (all_mask.cumsum(dim=1) - 1)[:, -T:]                # (B, T)
+        positions = (all_mask.cumsum(dim=1) - 1)[:, -new:]              # (B, new)
         freqs_cis = self.freqs_cis[unpad(positions, places)][:, None]   # (N, 1, C/2)
         key = torch.arange(S, device=tokens.device)                     # (S,)
-        query = key[-T:, None]                                          # (T, 1)
+        query = key[-new:, None]                                        # (new, 1)
         # A column sees the real tokens up to its own. Padding sees itself: no softmax is empty.
-        visible = all_mask[:, None] & (key <= query)                    # (B, T, S)
-        visible = visible | (key == query)
-
-        all_routes = []
-        all_router_logits = []
+        visible = all_mask[:, None] & (key <= query) | (key == query)   # (B, new, S)
+        visible = visible[:, None]                                      # the same for all heads
+        active = []
+        router_logits = []
         for i, layer in enumerate(self.layers):
-            layer_cache = None if cache is None else cache.layers[i]
-            replayed = None if routes is None else unpad(routes[i], places).long()      # (N, K)
-            x, active, router_logits = layer(
-                x, freqs_cis, visible[:, None], places, layer_cache, replayed)
-            all_routes.append(pad(active, places, (B, T)))
-            all_router_logits.append(pad(router_logits, places, (B, T)))
+            replayed = None if routes is None else unpad(routes[:, :, i], places).long()    # (N, K)
+            x, active_here, logits_here = layer(x, freqs_cis, visible, places, cache, replayed)
+            active.append(active_here)                                  # (N, K)
+            router_logits.append(logits_here)                           # (N, E)
 
-        x = pad(x, places, (B, T))                                      # (B, T, D)
-        if logits_to_keep is not None:
-            x = x[:, -logits_to_keep:]
-        hidden = self.norm(x)
-        # Padding gets distinct experts too: whoever replays all columns finds valid ones.
-        distinct = torch.arange(self.config.n_active, device=tokens.device)     # (K,)
-        active = torch.stack(all_routes).where(mask[..., None], distinct)       # (L, B, T, K)
-        return Output(self.unembed(hidden), hidden, active, torch.stack(all_router_logits))
+        hidden = self.norm(pad(x, places, (B, new))[:, -logits_to_keep:])
+        return Output(self.unembed(hidden), hidden,
+                      pad(torch.stack(active, dim=1), places, (B, new)),
+                      pad(torch.stack(router_logits, dim=1), places, (B, new)))
 
 
-def balance_loss(out: Output, mask: Tensor) -> Tensor:
+def balance_loss(routes: Tensor, router_logits: Tensor, mask: Tensor) -> Tensor:
     """How unevenly the experts are used: 1 if all are used alike, E/K if only K of them are.
 
-    E * sum over e of (share of the active pairs) * (mean probability), over the real tokens of
-    mask (B, T), averaged over the layers: Switch Transformer (2101.03961), Eq. 4-6."""
-    routes = out.routes[:, mask]                                        # (L, N, K)
-    probs = out.router_logits[:, mask].softmax(dim=-1)                  # (L, N, E)
+    E * sum over e of (share of the active pairs) * (mean probability), averaged over the layers:
+    Switch Transformer (2101.03961), Eq. 4-6. Of routes (B, S, L, K) and router_logits (B, S, L, E),
+    both as a pass gave them, for the real tokens of mask (B, S)."""
+    routes = routes[mask].transpose(0, 1)                               # (L, N, K)
+    router_logits = router_logits[mask].transpose(0, 1)                 # (L, N, E)
+    probs = router_logits.contiguous().softmax(dim=-1)
     E = probs.shape[-1]
     pairs = F.one_hot(routes, E).sum(dim=(1, 2))                        # (L, E)
     share = pairs / pairs.sum(dim=1, keepdim=True)
@@ -319,103 +295,52 @@ def balance_loss(out: Output, mask: Tensor) -> Tensor:
 class Rollout:
     """What flows from the sampler to the trainer: one rectangle, a row for every response.
 
-    Prompts are padded on the left to a common width, responses follow, padded on the right; the
-    group_size rows of one prompt stand side by side. Prompts 3 10 and 4 5 10, two responses to
-    each, end token 9 and padding "." may give
+    Prompts are padded on the left to a common width W, responses follow, padded on the right; those
+    to one prompt stand side by side. Prompts 3 10 and 4 5 10, two responses to each, end token 9
+    and padding "." may give
 
-        tokens   .  3 10 |  7  9  .        mask   . x x | x x .
-                 .  3 10 |  7  7  9               . x x | x x x
-                 4  5 10 |  5  9  .               x x x | x x .
-                 4  5 10 |  6  6  6               x x x | x x x
+        tokens   .  3 10 |  7  9  .               mask   . x x | x x .
+                 .  3 10 |  7  7  9                      . x x | x x x
+                 4  5 10 |  5  9  .                      x x x | x x .
+                 4  5 10 |  6  6  6  (truncated)         x x x | x x x
 
-    The last row was cut: it has no end token. S = 6 columns, of which the last T = 3 are those of
-    the responses, whose lengths are 2 3 2 3: the end token counts, padding does not. The logits of
-    a column predict the token of the next one: the columns 2, 3 and 4 score these responses."""
-    tokens: Tensor      # (B, S)
-    mask: Tensor        # (B, S) True for real tokens
-    logp: Tensor        # (B, T) log-prob of each response token under the old policy, when it was
-                        # sampled or by gspo.rescore; 0 in padding
-    routes: Tensor      # (L, B, S, K) active experts, uint8; any distinct ones in padding and for
-                        # the last token of a response, which the sampler does not compute
-    group_size: int     # holds for whole groups only, not for any rows that you select
+    The truncated response has no end token. W = 3 columns of prompts, T = 3 of responses, whose
+    lengths are 2 3 2 3, as the end token counts.
+
+    Whoever works on a rollout adds what he knows of each row: in the fields that are None at first,
+    or in others. The rows that are selected take it along."""
+    tokens: Tensor                      # (B, S)
+    mask: Tensor                        # (B, S) True for real tokens
+    prompt_width: int                   # W
+    logp_old: Tensor | None = None      # (B, T) log-prob of each token when it was sampled
+    routes: Tensor | None = None        # (B, S, L, K) experts that were active then, uint8; 0 where
+                                        # no pass was made: padding, last token of a response
+    rewards: Tensor | None = None       # (B,)
+    advantages: Tensor | None = None    # (B,), or (B, T) for one per token
+    weights: Tensor | None = None       # (B,) how much each token of the response counts
 
     @property
     def response(self) -> Tensor:
         """The tokens of the responses (B, T)."""
-        return self.tokens[:, -self.logp.shape[1]:]
+        return self.tokens[:, self.prompt_width:]
 
     @property
     def response_mask(self) -> Tensor:
         """True for tokens of a response, its end token included (B, T)."""
-        return self.mask[:, -self.logp.shape[1]:]
+        return self.mask[:, self.prompt_width:]
 
     @property
     def lengths(self) -> Tensor:
         """Tokens of each response (B,)."""
         return self.response_mask.sum(dim=1)
 
-    def predicting(self, x: Tensor) -> Tensor:
-        """Of x (L, B, S, ...), the columns whose logits predict the response: (L, B, T, ...)."""
-        return x[:, :, -self.logp.shape[1] - 1:-1]
-
     def select(self, rows: Tensor) -> "Rollout":
         """The chosen rows: numbers, or True for each one chosen (B,)."""
-        return Rollout(self.tokens[rows], self.mask[rows], self.logp[rows], self.routes[:, rows],
-                       self.group_size)
-
-    def cut(self, T: int) -> "Rollout":
-        """A copy with only the first T columns of the responses."""
-        S = self.tokens.shape[1] - self.logp.shape[1] + T
-        return Rollout(self.tokens[:, :S].clone(), self.mask[:, :S].clone(),
-                       self.logp[:, :T].clone(), self.routes[:, :, :S].clone(), self.group_size)
-
-    @staticmethod
-    def join(rollouts: list["Rollout"]) -> "Rollout":
-        """One rollout of several: pad them to common widths and concatenate."""
-        T = max(r.logp.shape[1] for r in rollouts)
-        W = max(r.tokens.shape[1] - r.logp.shape[1] for r in rollouts)      # of the prompts
-        tokens = []
-        masks = []
-        logps = []
-        routes = []
-        for r in rollouts:
-            right = T - r.logp.shape[1]
-            left = W + T - r.tokens.shape[1] - right
-            tokens.append(F.pad(r.tokens, (left, right)))
-            masks.append(F.pad(r.mask, (left, right)))
-            logps.append(F.pad(r.logp, (0, right)))
-            # Padding repeats the nearest column, whose routes are distinct experts.
-            columns = torch.arange(W + T, device=r.routes.device) - left
-            routes.append(r.routes[:, :, columns.clamp(0, r.tokens.shape[1] - 1)])
-        return Rollout(torch.cat(tokens), torch.cat(masks), torch.cat(logps),
-                       torch.cat(routes, dim=1), rollouts[0].group_size)
-
-
-def check_request(config: MoEConfig, prompts: list[list[int]], group_size: int,
-                  max_new_tokens: int, temperature: float):
-    """ValueError, naming what is wrong, for a request that `generate` cannot serve."""
-    if not prompts or not all(prompts):
-        raise ValueError("prompts must be lists of at least one token id")
-    for prompt in prompts:
-        if min(prompt) < 0 or max(prompt) >= config.vocab_size:
-            raise ValueError(f"prompt {prompt} has ids outside 0 .. {config.vocab_size - 1}")
-    if group_size < 1 or max_new_tokens < 1 or not temperature >= 0:
-        raise ValueError(f"{group_size=} and {max_new_tokens=} must be at least 1, {temperature=} "
-                         "at least 0")
-    longest = max(map(len, prompts)) + max_new_tokens
-    if longest > config.max_length:
-        raise ValueError(f"prompt + max_new_tokens = {longest} > max_length = {config.max_length}")
-
-
-def choose(probs: Tensor, uniform: Tensor) -> Tensor:
-    """Draw a token for each row of probs (B, vocab_size): the first at which the cumulative
-    probability exceeds the row's number from 0 to 1, uniform (B,) -> (B,)."""
-    cumulative = probs.cumsum(dim=-1)                                   # (B, vocab_size)
-    total = cumulative[:, -1:]
-    # Rounding must not lift the number to the total, which no token exceeds.
-    just_below = total.nextafter(torch.zeros_like(total))
-    number = torch.minimum(uniform[:, None] * total, just_below)        # (B, 1)
-    return torch.searchsorted(cumulative, number, right=True)[:, 0]
+        part = copy.copy(self)
+        for name, x in vars(self).items():
+            if isinstance(x, Tensor):
+                setattr(part, name, x[rows])
+        return part
 
 
 def left_pad(prompts: list[list[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -426,84 +351,63 @@ def left_pad(prompts: list[list[int]], pad_id: int, device: torch.device) -> tup
     return torch.tensor(tokens, device=device), torch.tensor(mask, device=device)
 
 
-def make_room(tokens: Tensor, mask: Tensor, routes: Tensor, max_new_tokens: int, pad_id: int,
-              group_size: int) -> Rollout:
-    """Prompts (B, W), with their mask and routes -> a Rollout with room for responses, all padding.
-    Routes that are not known yet repeat those of the prompt's last token."""
-    B, W = tokens.shape
-    columns = torch.arange(W + max_new_tokens, device=tokens.device).clamp(max=W - 1)
-    return Rollout(F.pad(tokens, (0, max_new_tokens), value=pad_id),
-                   F.pad(mask, (0, max_new_tokens)),
-                   torch.zeros(B, max_new_tokens, device=tokens.device),
-                   routes.to(torch.uint8)[:, :, columns], group_size)
-
-
-def rounded(matrices: Tensor, precision: str) -> Tensor:
-    """Matrices (..., outputs, inputs) as an engine would keep them in float8 (e4m3), int8, int4 or
-    int3, with a scale for each output; but the result has the type of the input."""
-    largest = matrices.abs().amax(dim=-1, keepdim=True).clamp(min=1e-12)    # (..., outputs, 1)
-    if precision == "float8":
-        scale = largest / torch.finfo(torch.float8_e4m3fn).max
-        return (matrices / scale).to(torch.float8_e4m3fn).to(matrices.dtype) * scale
-    bits = int(precision.removeprefix("int"))
-    scale = largest / (2 ** (bits - 1) - 1)             # symmetric: int4 goes from -7 to 7
-    return (matrices / scale).round() * scale
+def choose(probs: Tensor, uniform: Tensor) -> Tensor:
+    """Draw a token for each row of probs (rows, vocab_size): the first at which the cumulative
+    probability exceeds the row's random number, uniform (rows,), at least 0 and below 1."""
+    cumulative = probs.cumsum(dim=-1)                                   # (rows, vocab_size)
+    number = uniform[:, None] * cumulative[:, -1:]                      # (rows, 1)
+    return torch.searchsorted(cumulative, number, right=True)[:, 0]
 
 
 @torch.no_grad()
-def in_precision(model: MoETransformer, precision: str) -> MoETransformer:
-    """A copy of the model that computes in bfloat16 or float16; or in its own precision, with all
-    its matrices, embeddings and routers included, rounded to float8, int8, int4 or int3."""
-    model = copy.deepcopy(model)
-    # Not model.to(dtype): it would cast the complex numbers of the rotary positions too.
-    if precision == "float32":
-        return model.float()
-    if precision == "bfloat16":
-        return model.bfloat16()
-    if precision == "float16":
-        return model.half()
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            parameter.copy_(rounded(parameter, precision))
-    return model
-
-
-@torch.inference_mode()
 def generate(model: MoETransformer, prompts: list[list[int]], group_size: int, max_new_tokens: int,
-             temperature: float = 1.0, eos_id: int | None = None, pad_id: int = 0,
+             temperature: float = 1.0, eos_id: int = -1, pad_id: int = 0,
              uniform: Tensor | None = None) -> Rollout:
     """Sample `group_size` responses to each of P prompts, lists of token ids.
 
-    A response ends with `eos_id` or is cut after `max_new_tokens`. No top-k or top-p: the trainer
-    scores the distribution that was sampled. Temperature 0 takes the likeliest token, with its
-    log-prob at temperature 1. `uniform` (B, max_new_tokens), from 0 to 1, is all its chance."""
-    check_request(model.config, prompts, group_size, max_new_tokens, temperature)
+    A response ends with `eos_id`, or is truncated after `max_new_tokens`; with -1, which no token
+    has, all are truncated. No top-k or top-p: the trainer scores the distribution that was sampled. Temperature 0 takes the likeliest token, with
+    its log-prob at temperature 1. `uniform` (B, max_new_tokens) is all randomness: numbers as from
+    torch.rand. ValueError for token ids that the model does not know, or too many of them."""
+    for prompt in prompts:
+        if not prompt or min(prompt) < 0 or max(prompt) >= model.config.vocab_size:
+            raise ValueError(f"a prompt is {prompt}; it must be token ids from 0 to "
+                             f"{model.config.vocab_size - 1}, at least one")
     device = model.embed.weight.device
-    eos_id = -1 if eos_id is None else eos_id       # no token has the id -1
 
     # 1 Prefill: each prompt goes through the model once.
-    tokens, mask = left_pad(prompts, pad_id, device)                    # (P, W) each
-    cache = KVCache(model.config.n_layer)
+    tokens, mask = left_pad(prompts, pad_id, device)                    # (P, W)
+    P, W = tokens.shape
+    if W + max_new_tokens > model.config.max_length:
+        raise ValueError(f"{W} tokens of a prompt and {max_new_tokens} new ones are more than "
+                         f"max_length = {model.config.max_length}")
+    cache = KVCache()
     out = model(tokens, mask, cache=cache, logits_to_keep=1)
 
     # 2 Copy each prompt and its cache to all rows of its group, and make room for the responses.
-    P, W = tokens.shape
     prompt_of_row = torch.arange(P, device=device).repeat_interleave(group_size)    # (B,)
     cache.keep_rows(prompt_of_row)
     logits = out.logits[prompt_of_row, -1]                              # (B, vocab_size)
-    rollout = make_room(tokens[prompt_of_row], mask[prompt_of_row], out.routes[:, prompt_of_row],
-                        max_new_tokens, pad_id, group_size)
+    tokens = F.pad(tokens[prompt_of_row], (0, max_new_tokens), value=pad_id)        # (B, S)
+    mask = F.pad(mask[prompt_of_row], (0, max_new_tokens))
+    routes = out.routes[prompt_of_row].to(torch.uint8)                  # (B, W, L, K)
+    routes = F.pad(routes, (0, 0, 0, 0, 0, max_new_tokens))             # (B, S, L, K)
+    logp_old = torch.zeros(len(tokens), max_new_tokens, device=device)  # (B, T)
 
     # 3 Loop: choose a token for each row, drop the rows that end with it, compute the others.
-    # Each row has numbers of its own: when one row ends changes nothing for the others.
-    uniform = (torch.rand(rollout.logp.shape) if uniform is None else uniform).to(device)
-    rows = torch.arange(len(uniform), device=device)                    # those that go on
+    # Each row has random numbers of its own: that one row ends changes nothing for the others.
+    if uniform is None:
+        uniform = torch.rand(logp_old.shape)
+    uniform = uniform.to(device)
+    rows = torch.arange(len(tokens), device=device)                     # those that go on
     for t in range(max_new_tokens):
         probs = (logits.float() / (temperature or 1.0)).softmax(dim=-1)     # (rows, vocab_size)
         chosen = choose(probs, uniform[rows, t]) if temperature else probs.argmax(dim=-1)
-        rollout.tokens[rows, W + t] = chosen
-        rollout.mask[rows, W + t] = True
-        rollout.logp[rows, t] = probs.gather(1, chosen[:, None])[:, 0].log()
+        # The end token is like any other: chosen here, so scored and learned. To stop is an action.
+        tokens[rows, W + t] = chosen
+        mask[rows, W + t] = True
+        logp_old[rows, t] = probs.gather(1, chosen[:, None])[:, 0].log()
+        # But nothing is predicted from the last token of a response: it needs no pass.
         go_on = (chosen != eos_id).nonzero()[:, 0]
         if len(go_on) == 0 or t == max_new_tokens - 1:
             break
@@ -511,11 +415,10 @@ def generate(model: MoETransformer, prompts: list[list[int]], group_size: int, m
             rows = rows[go_on]
             chosen = chosen[go_on]
             cache.keep_rows(go_on)
-        real = torch.ones(len(rows), 1, dtype=torch.bool, device=device)
-        out = model(chosen[:, None], real, cache=cache)
+        out = model(chosen[:, None], mask[rows, W + t][:, None], cache=cache)
         logits = out.logits[:, 0]
-        rollout.routes[:, rows, W + t] = out.routes[:, :, 0].to(torch.uint8)
+        routes[rows, W + t] = out.routes[:, 0].to(torch.uint8)
 
-    # 4 Pack up: cut the columns that no response has reached.
-    with torch.inference_mode(False):           # ordinary tensors again, which autograd may save
-        return rollout.cut(T=t + 1)
+    # 4 Pack up, without the columns that no response has reached.
+    S = W + t + 1
+    return Rollout(tokens[:, :S], mask[:, :S], W, logp_old[:, :t + 1], routes[:, :S])

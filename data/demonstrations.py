@@ -54,7 +54,7 @@ def batches(task, tokenizer, seed: int, max_tokens: int) -> Iterator[list[Exampl
 
 def collate(batch: list[Example], pad_id: int,
             device: torch.device) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """A batch of B pairs -> tokens (B, S), mask (B, S), and T, the columns of the responses: the
+    """A batch of B pairs -> tokens (B, S), mask (B, S), and W, the columns of the prompts: the
     rectangle of moe.Rollout.
 
         prompt 3 10, response 7 9          tokens   .  3 10 |  7  9  .      mask   . x x | x x .
@@ -69,4 +69,4 @@ def collate(batch: list[Example], pad_id: int,
         right = T - len(response)
         tokens.append([pad_id] * left + prompt + response + [pad_id] * right)
         mask.append([False] * left + [True] * (len(prompt) + len(response)) + [False] * right)
-    return torch.tensor(tokens, device=device), torch.tensor(mask, device=device), T
+    return torch.tensor(tokens, device=device), torch.tensor(mask, device=device), W

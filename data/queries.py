@@ -1,7 +1,7 @@
 """Which problems to ask next: RL learns only from those that are sometimes right, sometimes wrong.
 
 A group of responses that are all right or all wrong teaches nothing. If a response is right with
-the chance p, the variance of its reward is p(1 - p), which is largest at p = 1/2. So `Queries`
+probability p, the variance of its reward is p(1 - p), which is largest at p = 1/2. So `Queries`
 keeps an estimate of p for every kind of problem, and asks kinds in proportion to p(1 - p): what the
 model knows gives way to what it is about to learn. The estimates start at 1/2, where a kind is
 asked most. A little is added for every kind, so that none is forgotten. (p is an average over the
@@ -41,7 +41,7 @@ class Queries:
 
     def learn(self, responses: list):
         """Bring the estimates up to date with responses that have a `problem.kind` and a `reward`.
-        Rewards are cut to the range from 0 to 1 first."""
+        Rewards are limited to the range from 0 to 1 first."""
         for kind in self.kinds:
             rewards = [min(1.0, max(0.0, response.reward)) for response in responses
                        if response.problem.kind == kind]

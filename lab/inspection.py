@@ -1,8 +1,10 @@
-"""The page of `python train.py --inspect`: what an update does to a response, token by token.
+"""What `python train.py --ask` and `--inspect` show. The page of the latter tells what an update
+does to a response, token by token.
 
 GRPO has a ratio for every token, GSPO one for the whole response. Both stand beside the experts
 that predicted the token: when it was sampled and, where that is not the same, after the update."""
 import itertools
+import random
 import sys
 from math import log
 from typing import NamedTuple
@@ -10,18 +12,13 @@ from typing import NamedTuple
 import torch
 
 import gspo
+import moe
+from lab.measures import expert_change, predicting
+from lab.report import paint
 
 WIDTH = 120         # columns of the terminal
 BAR = 21            # columns of the bar that draws log w
 REST = 82           # columns of a line without those of the layers
-COLOURS = {"bold": 1, "dim": 2, "red": 31, "green": 32, "yellow": 33}
-
-
-def paint(text, *styles):
-    """Coloured where the terminal can show it."""
-    if not sys.stdout.isatty():
-        return text
-    return "".join(f"\033[{COLOURS[style]}m" for style in styles) + text + "\033[0m"
 
 
 def bar(value, largest):
@@ -60,22 +57,18 @@ class Change(NamedTuple):
     new_routes: list
 
 
-def measure(run, part, advantage, ranges):
-    """Score an Experience of one row again -> its Change."""
-    settings = run.config.settings()
-    rollout = part.rollout
+def measure(trainer, rollout, advantage, ranges):
+    """Score a rollout of one row again -> its Change."""
     mask = rollout.response_mask
-    with torch.no_grad():
-        scores = gspo.score(run.model, rollout, settings.temperature,
-                            settings.routing_replay != "none", settings.dtype)
+    scores = trainer.score(trainer.model, rollout, trainer.config.routing_replay != "none")
     clipped = {}
     for name, (low, high) in ranges.items():
-        clipped[name] = gspo.policy_loss(name, scores.logp, rollout.logp, advantage[None], mask,
+        clipped[name] = gspo.policy_loss(name, scores.logp, rollout.logp_old, advantage[None], mask,
                                          low, high)[1][mask]
-    r = gspo.ratios(scores.logp, rollout.logp, mask)
-    old_routes = rollout.predicting(rollout.routes)[:, mask]                # (L, n, K)
-    new_routes = rollout.predicting(scores.routes)[:, mask]
-    return Change(r.log_w[mask], r.log_s[0, 0].exp().item(), clipped["grpo"],
+    logs = gspo.log_ratios(scores.logp, rollout.logp_old, mask)             # (1, T) each
+    old_routes = predicting(rollout, rollout.routes)                        # (L, n, K)
+    new_routes = predicting(rollout, scores.routes)
+    return Change(logs.log_w[mask], gspo.to_ratio(logs.log_s)[0, 0].item(), clipped["grpo"],
                   clipped["gspo"].any().item(), old_routes.tolist(), new_routes.tolist())
 
 
@@ -118,7 +111,7 @@ def page(tokens, change, largest, ranges):
 def summary(n, change, ranges):
     old = torch.tensor(change.old_routes)
     new = torch.tensor(change.new_routes)
-    changed = gspo.expert_change(old, new).mean().item()
+    changed = expert_change(old, new).mean().item()
     w = change.log_w.exp()
     low, high = ranges["gspo"]
     yield (f"  {changed:.1%} of the active experts changed. GRPO's ratios go from "
@@ -130,30 +123,89 @@ def summary(n, change, ranges):
 def clip_ranges(config):
     """The clip ranges that the page shows: the run's own for its own kind of ratio, else those of
     the table."""
-    ranges = {name: gspo.ALGORITHMS[name].clip for name in ("gspo", "grpo")}
+    ranges = {name: gspo.ALGORITHMS[name].clip_range for name in ("gspo", "grpo")}
+    low, high = gspo.ALGORITHMS[config.algorithm].clip_range
+    own = (low if config.clip_low is None else config.clip_low,
+           high if config.clip_high is None else config.clip_high)
     if config.algorithm in ("gspo", "gspo_token"):
-        ranges["gspo"] = (config.clip_low, config.clip_high)
+        ranges["gspo"] = own
     if config.algorithm in ("grpo", "ppo", "dr_grpo", "dapo"):
-        ranges["grpo"] = (config.clip_low, config.clip_high)
+        ranges["grpo"] = own
     return ranges
 
 
-def show_update(title, run, experience, rewards, rows):
-    """Print, of the chosen rows, the right and the wrong response with the most to see. The
-    Experience was sampled before an update, run.model is as it is after; rewards are (B,)."""
+def answer(prompt, text, truncated):
+    """The model's answer as --ask shows it: on a terminal the thinking is dim and the answer bold;
+    into a pipe it is the bare text."""
+    if not sys.stdout.isatty():
+        return prompt + text
+    thinking, closed, rest = text.rpartition("</think>")
+    note = "  (truncated: it had no end after --max_new_tokens)" if truncated else ""
+    return prompt + paint(thinking + closed, "dim") + paint(rest, "bold") + note
+
+
+def ask(trainer, prompt, longest):
+    """Print the model's greedy answer. ValueError for a prompt without tokens or of more than
+    `longest`."""
+    ids = trainer.tokenizer.encode(prompt)
+    if not 0 < len(ids) <= longest:
+        example = trainer.task.sample(random.Random(0)).prompt
+        raise ValueError(f"argument --ask: a prompt has 1 to {longest} tokens, this one has "
+                         f"{len(ids)}; ask something like {example}")
+    rollout = moe.generate(trainer.model, [ids], 1, trainer.config.max_new_tokens, 0.0,
+                           trainer.tokenizer.eos_id, trainer.tokenizer.pad_id)
+    response = rollout.response[0].tolist()
+    truncated = response[-1] != trainer.tokenizer.eos_id
+    text = trainer.tokenizer.decode(response if truncated else response[:-1])
+    print(answer(prompt, text, truncated))
+
+
+def inspect_update(trainer):
+    """Sample groups, make all optimiser steps on them but the last (with one: that one), in memory,
+    and show the responses of the last one: what they are to the model that has moved since it
+    sampled them."""
+    print("Look at the two ratios: GRPO's jumps from token to token, GSPO's is one for the whole "
+          "response.")
+    config = trainer.config
+    step = trainer.progress["step"]
+    rollout, _ = trainer.collect(trainer.sampler(), random.Random(f"{config.seed} rl {step + 1}"))
+    rollout.advantages = trainer.advantages(rollout)
+    n_steps = config.mini_batches * config.epochs
+    made = max(1, n_steps - 1)
+    gspo.update(trainer.model, trainer.optimizer, rollout, config, trainer.loss_terms,
+                first(made, trainer.gradient), trainer.step)
+    when = f"after RL step {step}" if step else "after the cold start"
+    title = (f"{trainer.folder}, {config.algorithm}: the model as it was {when} has sampled "
+             f"{config.prompts} groups and made {made} of {n_steps} optimiser steps.")
+    all_rows = torch.arange(len(rollout.tokens)).view(config.prompts, -1)
+    show_update(title, trainer, rollout, all_rows.tensor_split(config.mini_batches)[-1].flatten())
+
+
+def first(n, gradient):
+    """A `gradient` for gspo.update that has something to learn in the first n calls only."""
+    calls = itertools.count(1)
+
+    def limited(*arguments):
+        return gradient(*arguments) if next(calls) <= n else None
+    return limited
+
+
+def show_update(title, trainer, rollout, rows):
+    """Print, of the chosen rows, the right and the wrong response with the most to see. The rollout
+    was sampled before an update, trainer.model is as it is after."""
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")        # a terminal without these characters
-    mask = experience.rollout.response_mask
-    advantages = experience.advantages
+    mask = rollout.response_mask
+    advantages = rollout.advantages
     if advantages.dim() == 2:           # one number for a response, as GSPO needs it
         advantages = gspo.response_mean(advantages * mask, mask)[:, 0]
-    ranges = clip_ranges(run.config)
+    ranges = clip_ranges(trainer.config)
     chosen = {}
     for row in rows.tolist():
         if advantages[row] == 0:
             continue
-        change = measure(run, experience.select(torch.tensor([row])), advantages[row], ranges)
-        kind = "right" if rewards[row] > 0 else "wrong"
+        change = measure(trainer, rollout.select(torch.tensor([row])), advantages[row], ranges)
+        kind = "right" if rollout.rewards[row] > 0 else "wrong"
         if kind not in chosen or contrast(change) > contrast(chosen[kind][1]):
             chosen[kind] = (row, change)
     print(title)
@@ -165,9 +217,9 @@ def show_update(title, run, experience, rewards, rows):
           "differ most:")
     largest = max(change.log_w.abs().max().item() for _, change in chosen.values())
     for kind, (row, change) in sorted(chosen.items()):
-        ids = experience.rollout.tokens[row][experience.rollout.mask[row]].tolist()
+        ids = rollout.tokens[row][rollout.mask[row]].tolist()
         n = len(change.log_w)
-        tokens = [run.tokenizer.decode([token]) for token in ids[-n:]]
-        title = f"{run.tokenizer.decode(ids[:-n])}  {kind}, A = {advantages[row]:+.2f}"
+        tokens = [trainer.tokenizer.decode([token]) for token in ids[-n:]]
+        title = f"{trainer.tokenizer.decode(ids[:-n])}  {kind}, A = {advantages[row]:+.2f}"
         print("\n" + paint(title, "bold"))
         print(*page(tokens, change, largest, ranges), sep="\n")

@@ -9,14 +9,23 @@ import itertools
 import json
 import os
 import sys
+import time
 from pathlib import Path
 
-from lab.inspection import paint, show_update       # train.py finds the page of --inspect here too
+from data import tasks
 
-# Metrics that gspo.update gives for each layer.
-LAYERED = ("expert_change", "expert_load", "router_entropy")
 HEADER = ("  step  reward  held-out  think  length   clip  no signal       kl  entropy  gradient"
           "  experts  tokens/s    left")
+
+
+COLOURS = {"bold": 1, "dim": 2, "red": 31, "green": 32, "yellow": 33}
+
+
+def paint(text, *styles):
+    """Coloured where the terminal can show it."""
+    if not sys.stdout.isatty():
+        return text
+    return "".join(f"\033[{COLOURS[style]}m" for style in styles) + text + "\033[0m"
 
 
 def clock(seconds):
@@ -36,31 +45,31 @@ def read_table(path):
 # ---------------------------------------------------------------------------- numbers
 
 def means(updates):
-    """The mean of each metric over the optimiser steps of an RL step, and over the layers where
-    each layer has one."""
+    """The mean of each metric over the optimiser steps of an RL step that have it, and over the
+    layers where each layer has one."""
     result = {}
-    for name in updates[0] if updates else ():
-        values = [update[name] for update in updates]
-        result[name] = mean(map(mean, values) if name in LAYERED else values)
+    for name in dict.fromkeys(itertools.chain(*updates)):
+        values = [update[name] for update in updates if name in update]
+        result[name] = mean(mean(x) if isinstance(x, list) else x for x in values)
     return result
 
 
 def response_metrics(responses):
     """Reward and length of all responses, of those that think and that answer at once, of right and
-    wrong ones; and what the task measures. A response that was cut neither thinks nor answers at
-    once."""
+    wrong ones; and what the task measures. A response that was truncated neither thinks nor answers
+    at once."""
     thinking = [r for r in responses if r.thinks]
     kinds = {
         "": responses,
         "_thinking": thinking,
-        "_direct": [r for r in responses if not r.cut and not r.thinks],
+        "_direct": [r for r in responses if not r.truncated and not r.thinks],
         "_right": [r for r in responses if r.reward > 0],
         "_wrong": [r for r in responses if r.reward <= 0],
     }
     metrics = {
         "responses": len(responses),
         "think": len(thinking) / len(responses),
-        "truncated": mean(r.cut for r in responses),
+        "truncated": mean(r.truncated for r in responses),
     }
     for kind, chosen in kinds.items():
         if chosen:
@@ -72,6 +81,30 @@ def response_metrics(responses):
 def mean_measures(responses):
     """The means of what the task measures."""
     return {name: mean(r.measures[name] for r in responses) for name in responses[0].measures}
+
+
+def share_without_signal(responses, group_size):
+    """The share of the groups, which stand one behind the other, that are all right or all wrong
+    and teach nothing; of all that were sampled, those that dynamic sampling dropped included."""
+    rewards = [response.reward for response in responses]
+    groups = [rewards[i:i + group_size] for i in range(0, len(rewards), group_size)]
+    return mean(min(group) == max(group) for group in groups)
+
+
+def update_metrics(steps):
+    """A row of updates.csv for each optimiser step, as gspo.update returns them."""
+    rows = []
+    for step in steps:
+        learned = step.learned
+        mask = learned.batch.response_mask
+        rows.append({
+            "mini_batch": step.mini_batch,
+            "loss": learned.loss,
+            "clipped": learned.clipped[mask].float().mean().item(),
+            "entropy": learned.scores.entropy[mask].mean().item(),
+            "grad_norm": step.grad_norm,
+        })
+    return rows
 
 
 def evaluation(sampled, greedy):
@@ -104,16 +137,13 @@ def peak_memory_mib():
 
 # ---------------------------------------------------------------------------- tables
 
-RATIO_COLUMNS = ["loss", "clip_low", "clip_high", "clip_low_seq", "clip_high_seq", "log_s_mean",
-                 "log_s_std", "log_w_mean", "log_w_std", "outliers", "kl"]
-MISMATCH_COLUMNS = ["mismatch_mean", "mismatch_max", "mismatch_kl", "mismatch_experts"]
-COLUMNS = ["step", "accuracy", "accuracy_greedy", "reward", "reward_thinking", "reward_direct",
+# The columns of the core; the extras name their own.
+UPDATE = ("loss", "clipped", "entropy", "grad_norm")
+COLUMNS = ("step", "accuracy", "accuracy_greedy", "reward", "reward_thinking", "reward_direct",
            "think", "length", "length_thinking", "length_direct", "length_right", "length_wrong",
-           "truncated", "no_signal", *RATIO_COLUMNS, *MISMATCH_COLUMNS, "kl_ref", "value_error",
-           "entropy", "grad_norm", "skipped", *LAYERED, "tokens_per_second", "seconds",
-           "seconds_rescoring"]
-UPDATE_COLUMNS = ["step", "mini_batch", *RATIO_COLUMNS, "entropy", "grad_norm", "skipped"]
-EVALUATION_COLUMNS = ["step", "kind", "accuracy"]
+           "truncated", "no_signal", *UPDATE, "tokens_per_second", "seconds")
+UPDATE_COLUMNS = ("step", "mini_batch", *UPDATE)
+EVALUATION_COLUMNS = ("step", "kind", "accuracy")
 
 
 def write(path, content):
@@ -150,28 +180,78 @@ class Log:
     """metrics.csv, a row for each RL step, with a column for each of the `measures` of the task;
     evaluations.csv, the accuracy on each kind of problem in each held-out evaluation; and
     updates.csv, a row for each optimiser step, with a column for each layer of the per-layer
-    metrics: expert_change_0, expert_change_1, ..."""
-    def __init__(self, folder, step, n_layer, measures):
-        layers = itertools.product(LAYERED, range(n_layer))
+    metrics: expert_change_0, expert_change_1, ... `extra` has the columns of the extras."""
+    def __init__(self, folder, options, progress, extra):
+        write(folder / "config.json", json.dumps(options, indent=2).encode())
+        self.folder = folder
+        self.options = options
+        self.progress = progress
+        self.start = progress["step"]
+        self.seconds_before = progress["seconds_rl"]
+        self.began = time.time()
+        measures = list(progress["evaluation"]["measures"])
+        layers = itertools.product(extra["LAYER_COLUMNS"], range(options["n_layer"]))
         layered = [f"{name}_{layer}" for name, layer in layers]
-        self.metrics = table_writer(folder / "metrics.csv", COLUMNS + measures, step)
-        self.updates = table_writer(folder / "updates.csv", UPDATE_COLUMNS + layered, step)
-        self.evaluations = table_writer(folder / "evaluations.csv", EVALUATION_COLUMNS, step)
+        self.metrics = table_writer(folder / "metrics.csv", [
+            *COLUMNS, *extra["COLUMNS"], *measures], self.start)
+        self.updates = table_writer(folder / "updates.csv", [
+            *UPDATE_COLUMNS, *extra["UPDATE_COLUMNS"], *layered], self.start)
+        self.evaluations = table_writer(folder / "evaluations.csv", EVALUATION_COLUMNS, self.start)
+        if self.start == 0:
+            self.write_evaluation(0, progress["first_evaluation"])
+        print(f"3 RL: {options['algorithm']}, steps {self.start + 1} to {options['steps']}, in "
+              f"{folder}")
 
     def write_evaluation(self, step, evaluation):
         for kind, accuracy in evaluation["kinds"].items():
             self.evaluations.writerow({"step": step, "kind": kind, "accuracy": accuracy})
 
-    def write(self, row, updates):
+    def write(self, responses, updates, measured, evaluated=None):
+        """A step, and the evaluation after it if there was one: into the tables, the `progress` and
+        onto the screen."""
+        progress = self.progress
+        step = progress["step"]
+        row = {"step": step} | response_metrics(responses) | means(updates) | measured
+        row["no_signal"] = share_without_signal(responses, self.options["group_size"])
+        row["tokens_per_second"] = sum(r.length for r in responses) / row["seconds"]
+        progress["responses"] += len(responses)
+        progress["seconds_rl"] = self.seconds_before + time.time() - self.began
+        if evaluated:
+            progress["evaluation"] = evaluated[0]
+            self.write_evaluation(step, evaluated[0])
+            row["accuracy"] = evaluated[0]["accuracy"]
+            row["accuracy_greedy"] = evaluated[0]["accuracy_greedy"]
         self.metrics.writerow(row)
         for update in updates:
             layered = {}
-            for name in LAYERED:
-                layered |= {f"{name}_{layer}": x for layer, x in enumerate(update[name])}
-            self.updates.writerow({"step": row["step"]} | update | layered)
+            for name, values in update.items():
+                if isinstance(values, list):
+                    layered |= {f"{name}_{layer}": x for layer, x in enumerate(values)}
+            self.updates.writerow({"step": step} | update | layered)
+        if (step - self.start) % 25 == 1:
+            print(HEADER)
+        left = (time.time() - self.began) / (step - self.start) * (self.options["steps"] - step)
+        print_row(row, progress["evaluation"]["accuracy"], left)
+        if evaluated:
+            show(*evaluated, self.folder, f"RL step {step}")
 
 
 # ---------------------------------------------------------------------------- words
+
+def cold_step(step, steps, loss, began):
+    """A line now and then; `loss` in nats a token, `began` as from time.time()."""
+    if step % 100 == 0 or step == steps:
+        left = (time.time() - began) / step * (steps - step)
+        print(f"  step {step:5}   loss {loss:.3f} nats a token   {clock(left)} left", flush=True)
+
+
+def first_evaluation(folder, progress, evaluation, responses):
+    """What imitation has reached: into the `progress`, samples.txt and onto the screen."""
+    print("2 evaluate: what imitation has reached")
+    progress["first_evaluation"] = evaluation
+    progress["evaluation"] = evaluation
+    show(evaluation, responses, folder, "after the cold start")
+
 
 def print_row(row, accuracy, left):
     """The line of an RL step under HEADER: `accuracy` of the last evaluation, seconds `left`."""
@@ -208,27 +288,39 @@ def sample_lines(responses, n=5):
         of_prompt = {r.problem.prompt: r for r in responses if (r.reward > 0) == wanted}
         for prompt in list(of_prompt)[::len(of_prompt) // n + 1]:
             response = of_prompt[prompt]
-            yield f"{name}   {prompt}{response.text}{' (cut)' if response.cut else ''}"
+            yield f"{name}   {prompt}{response.text}{' (truncated)' if response.truncated else ''}"
 
 
-def show(result, responses, path=None, title=""):
-    """Print an evaluation; with a `path` (samples.txt), add it to that file as well."""
+def show(result, responses, folder=None, title=""):
+    """Print an evaluation; with a folder, add it to samples.txt there as well."""
     lines = [f"  {line}" for line in evaluation_lines(result)]
     lines += [f"  {line}" for line in sample_lines(responses)]
     print(*lines, sep="\n")
-    if path:
-        with open(path, "a") as file:
+    if folder:
+        with open(folder / "samples.txt", "a") as file:
             print(title, *lines, sep="\n", end="\n\n", file=file)
 
 
-def answer(prompt, text, cut):
-    """The model's answer as --ask shows it: on a terminal the thinking is dim and the answer bold;
-    into a pipe it is the bare text."""
-    if not sys.stdout.isatty():
-        return prompt + text
-    thinking, closed, rest = text.rpartition("</think>")
-    note = "  (cut: it had not ended after as many tokens as --max_new_tokens)" if cut else ""
-    return prompt + paint(thinking + closed, "dim") + paint(rest, "bold") + note
+def finish(folder, config, task, progress):
+    """summary.json, curves.png and a few words."""
+    cold = progress["first_evaluation"]
+    last = progress["evaluation"]
+    summary = {
+        "accuracy_teacher": tasks.teacher_accuracy(task), "accuracy_cold_start": cold["accuracy"],
+        "accuracy": last["accuracy"], "accuracy_greedy": last["accuracy_greedy"],
+        "think_share_cold_start": cold["think_share"], "think_share": last["think_share"],
+        "length_cold_start": cold["length"], "length": last["length"],
+        "seconds_cold_start": progress["seconds_cold_start"], "seconds_rl": progress["seconds_rl"],
+        "seconds": progress["seconds_cold_start"] + progress["seconds_rl"],
+        "peak_memory_mib": peak_memory_mib(), "steps": progress["step"],
+        "responses": progress["responses"],
+        "measures_cold_start": cold["measures"], "measures": last["measures"]}
+    write(folder / "summary.json", json.dumps(summary, indent=2).encode())
+    print("4 report", *summary_lines(summary, config.algorithm), sep="\n  ")
+    try:
+        print(f"  The curves are in {curves(folder)}.")
+    except ImportError:
+        print("  No curves.png: matplotlib is not installed.")
 
 
 def summary_lines(s, algorithm):
