@@ -19,8 +19,8 @@ experts, log s_i moves by only 1/|y_i| of that jump.
 The file is in the order of time: advantages, scores, ratios, clip, loss, gradient, optimiser step;
 and at the end `update`, which makes the steps of a rollout.
 
-Letters as in moe.py: P prompts, G responses to each, B = P*G rows; S columns, the last T of them the
-responses'; L layers, E experts, K active experts, D width of the model. A is an advantage.
+Letters as in moe.py: P prompts, G responses to each, B = P*G rows; S columns, the last T of them
+the responses'; L layers, E experts, K active experts, D width of the model. A is an advantage.
 """
 from collections.abc import Callable, Sequence
 from math import isfinite

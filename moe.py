@@ -343,12 +343,22 @@ class Rollout:
         return part
 
 
-def left_pad(prompts: list[list[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """P lists of token ids -> tokens (P, W), padded on the left, and mask (P, W) of real tokens."""
+def lay_out(prompts: list[list[int]], room: int, pad_id: int,
+            vocab_size: int) -> tuple[Tensor, Tensor, int]:
+    """P lists of token ids -> tokens and mask (P, W + room), with empty columns for responses, and
+    W. ValueError for a prompt that has no ids or unknown ones."""
+    for prompt in prompts:
+        if not prompt or min(prompt) < 0 or max(prompt) >= vocab_size:
+            raise ValueError(f"a prompt is {prompt}; it must be one or more token ids from 0 to "
+                             f"{vocab_size - 1}")
     W = max(map(len, prompts))
-    tokens = [[pad_id] * (W - len(prompt)) + prompt for prompt in prompts]
-    mask = [[False] * (W - len(prompt)) + [True] * len(prompt) for prompt in prompts]
-    return torch.tensor(tokens, device=device), torch.tensor(mask, device=device)
+    tokens = []
+    mask = []
+    for prompt in prompts:
+        left = W - len(prompt)
+        tokens.append([pad_id] * left + prompt + [pad_id] * room)
+        mask.append([False] * left + [True] * len(prompt) + [False] * room)
+    return torch.tensor(tokens), torch.tensor(mask), W
 
 
 def choose(probs: Tensor, uniform: Tensor) -> Tensor:
@@ -365,40 +375,28 @@ def generate(model: MoETransformer, prompts: list[list[int]], group_size: int, m
              uniform: Tensor | None = None) -> Rollout:
     """Sample `group_size` responses to each of P prompts, lists of token ids.
 
-    A response ends with `eos_id`, or is truncated after `max_new_tokens`; with -1, which no token
-    has, all are truncated. No top-k or top-p: the trainer scores the distribution that was sampled. Temperature 0 takes the likeliest token, with
-    its log-prob at temperature 1. `uniform` (B, max_new_tokens) is all randomness: numbers as from
-    torch.rand. ValueError for token ids that the model does not know, or too many of them."""
-    for prompt in prompts:
-        if not prompt or min(prompt) < 0 or max(prompt) >= model.config.vocab_size:
-            raise ValueError(f"a prompt is {prompt}; it must be token ids from 0 to "
-                             f"{model.config.vocab_size - 1}, at least one")
+    A response ends with `eos_id`, or is truncated after `max_new_tokens`. No top-k or top-p: the
+    trainer scores the distribution that was sampled. Temperature 0 takes the likeliest token, with
+    its log-prob at temperature 1. All randomness is `uniform` (B, max_new_tokens), from 0 to 1."""
     device = model.embed.weight.device
 
     # 1 Prefill: each prompt goes through the model once.
-    tokens, mask = left_pad(prompts, pad_id, device)                    # (P, W)
-    P, W = tokens.shape
-    if W + max_new_tokens > model.config.max_length:
-        raise ValueError(f"{W} tokens of a prompt and {max_new_tokens} new ones are more than "
-                         f"max_length = {model.config.max_length}")
+    tokens, mask, W = lay_out(prompts, max_new_tokens, pad_id, model.config.vocab_size)
     cache = KVCache()
-    out = model(tokens, mask, cache=cache, logits_to_keep=1)
+    out = model(tokens[:, :W].to(device), mask[:, :W].to(device), cache=cache, logits_to_keep=1)
 
-    # 2 Copy each prompt and its cache to all rows of its group, and make room for the responses.
-    prompt_of_row = torch.arange(P, device=device).repeat_interleave(group_size)    # (B,)
-    cache.keep_rows(prompt_of_row)
+    # 2 Copy each prompt and what is known of it to all rows of its group.
+    prompt_of_row = torch.arange(len(prompts)).repeat_interleave(group_size)        # (B,)
+    tokens = tokens[prompt_of_row].to(device)                           # (B, S)
+    mask = mask[prompt_of_row].to(device)
     logits = out.logits[prompt_of_row, -1]                              # (B, vocab_size)
-    tokens = F.pad(tokens[prompt_of_row], (0, max_new_tokens), value=pad_id)        # (B, S)
-    mask = F.pad(mask[prompt_of_row], (0, max_new_tokens))
-    routes = out.routes[prompt_of_row].to(torch.uint8)                  # (B, W, L, K)
-    routes = F.pad(routes, (0, 0, 0, 0, 0, max_new_tokens))             # (B, S, L, K)
+    routes = F.pad(out.routes[prompt_of_row], (0, 0, 0, 0, 0, max_new_tokens)).to(torch.uint8)
     logp_old = torch.zeros(len(tokens), max_new_tokens, device=device)  # (B, T)
+    cache.keep_rows(prompt_of_row.to(device))
 
     # 3 Loop: choose a token for each row, drop the rows that end with it, compute the others.
     # Each row has random numbers of its own: that one row ends changes nothing for the others.
-    if uniform is None:
-        uniform = torch.rand(logp_old.shape)
-    uniform = uniform.to(device)
+    uniform = (torch.rand(logp_old.shape) if uniform is None else uniform).to(device)
     rows = torch.arange(len(tokens), device=device)                     # those that go on
     for t in range(max_new_tokens):
         probs = (logits.float() / (temperature or 1.0)).softmax(dim=-1)     # (rows, vocab_size)
@@ -421,4 +419,4 @@ def generate(model: MoETransformer, prompts: list[list[int]], group_size: int, m
 
     # 4 Pack up, without the columns that no response has reached.
     S = W + t + 1
-    return Rollout(tokens[:, :S], mask[:, :S], W, logp_old[:, :t + 1], routes[:, :S])
+    return Rollout(tokens[:, :S], mask[:, :S], W, logp_old[:, :S - W], routes[:, :S])

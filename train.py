@@ -72,7 +72,7 @@ class RLOptions:
                           "without kinds decides by itself", choices=("adaptive", "uniform"))
     prompts: int = option(32, "problems in a step", 1)
     group_size: int = option(8, "responses to a problem: each other's baseline", 2)
-    mini_batches: int = option(4, "optimiser steps per rollout, as in the paper; at most --prompts; "
+    mini_batches: int = option(4, "optimiser steps per rollout (in the paper 4), at most --prompts; "
                                "with many GSPO is ahead of GRPO", 1)
     epochs: int = option(1, "passes over a rollout, as in PPO; more make updates staler", 1, 100)
     lr: float = option(3e-4, "learning rate: gentle, the policy must stay near the sampler's", 0, 1)

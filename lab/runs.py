@@ -16,8 +16,8 @@ RUN_FILES = {"config.json", "metrics.csv", "updates.csv", "evaluations.csv", "sa
              "summary.json", "cold_start.pt", "checkpoint.pt", "curves.png", "lock"}
 
 
-def find_device(name: str) -> str:
-    """A name for torch.device: "auto" is the best there is. ValueError for one that is not here."""
+def find_device(name: str) -> torch.device:
+    """The device of that name; `auto` is the best one here. ValueError for one that is not here."""
     devices = ["cpu"]
     if torch.backends.mps.is_available():
         devices.append("mps")
@@ -27,7 +27,7 @@ def find_device(name: str) -> str:
     if device not in devices:
         raise ValueError(f"argument --device: there is no {device} here; choose from "
                          f"{', '.join(devices)}")
-    return device
+    return torch.device(device)
 
 
 def save(path: Path, content: dict):

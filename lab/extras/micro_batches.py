@@ -12,8 +12,8 @@ from lab.options import option
 @dataclasses.dataclass
 class Options:
     """micro-batches"""
-    micro_tokens: int = option(0, "rows times columns in a pass of the update, or before it: bounds "
-                               "the memory; 0: a whole mini-batch", 0)
+    micro_tokens: int = option(0, "rows times columns in a pass of an update, which bounds the "
+                               "memory; 0: a whole mini-batch", 0)
 
 
 def wanted(config) -> bool:

@@ -89,8 +89,8 @@ def wanted(config) -> bool:
             raise ValueError(f"{name} is {getattr(config, name)}, but {config.algorithm} has none; "
                              "leave it out")
     if config.scale and config.algorithm == "ppo":
-        raise ValueError(f"scale is {config.scale}, but the advantages of ppo are a critic's; leave "
-                         "it out")
+        raise ValueError(f"scale is {config.scale}, but the advantages of ppo are a critic's; "
+                         "leave it out")
     return config.scale == "none" or config.scale is None and config.algorithm in WITHOUT_STD
 
 
