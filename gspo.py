@@ -1,28 +1,30 @@
 """Group Sequence Policy Optimization (GSPO, arXiv 2507.18071), and GRPO beside it.
 
-For one question x the old policy writes a group of G responses y_1 .. y_G, and a rule gives each a
+For one problem x the old policy writes a group of G responses y_1 .. y_G, and a rule gives each a
 reward r_i. The advantage A_i = (r_i - mean(r)) / std(r) says how much better y_i is than its
 siblings (Eq. 6). The new policy moves towards the better ones, but not far from the old policy:
 
-    GSPO  J = E[ 1/G sum_i min( s_i A_i, clip(s_i, 1-low, 1+high) A_i ) ]                   (Eq. 5)
+    GSPO  J = 1/G sum_i min( s_i A_i, clip(s_i, 1-low, 1+high) A_i ), averaged over x       (Eq. 5)
           s_i = ( pi_new(y_i|x) / pi_old(y_i|x) )^(1/|y_i|)                                 (Eq. 7)
               = exp( mean over t of [log pi_new(y_it) - log pi_old(y_it)] )
-    GRPO  J = E[ 1/G sum_i 1/|y_i| sum_t min( w_it A_i, clip(w_it, 1-low, 1+high) A_i ) ]   (Eq. 2)
+    GRPO  J = 1/G sum_i 1/|y_i| sum_t min( w_it A_i, clip(w_it, 1-low, 1+high) A_i )        (Eq. 2)
           w_it = pi_new(y_it) / pi_old(y_it)                                                (Eq. 3)
 
 GSPO has one ratio for a whole response and keeps or clips the response as one. GRPO has a ratio for
-every token and clips tokens. Apart from the clip this is the only difference in the gradient: each
-token of y_i has the weight s_i A_i / |y_i| in GSPO (Eq. 10) and its own weight w_it A_i / |y_i| in
-GRPO (Eq. 12). When the log-ratio of one token jumps, say because the router sent it to other
-experts, log s_i moves by only 1/|y_i| of that jump.
+every token and clips tokens. Apart from the clip their gradients differ in one thing: a token of
+y_i counts s_i A_i / |y_i| in GSPO (Eq. 10), and w_it A_i / |y_i| of its own in GRPO (Eq. 12). When
+the log-ratio of one token jumps, say because the router sent it to other experts, log s_i moves by
+only 1/|y_i| of that jump.
 
 The file is in the order of time: advantages, scores, ratios, clip, loss, gradient, optimiser step;
-and at the end `update`, which makes the steps of a rollout.
+and at the end `update`, which makes the steps of a rollout. Look at the drawing of moe.Rollout
+first: a row for each response, the last T of its S columns being the tokens of the response.
 
-Letters as in moe.py: P prompts, G responses to each, B = P*G rows; S columns, the last T of them
-the responses'; L layers, E experts, K active experts, D width of the model. A is an advantage.
+Letters as in moe.py: P prompts, G responses to each, B rows, P*G in all; L layers, E experts, K
+active experts, D width of the model. A is an advantage.
 """
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from math import isfinite
 from typing import NamedTuple
 
@@ -46,35 +48,34 @@ def group_advantages(rewards: Tensor) -> Tensor:
     rewards = at_least_fp32(rewards)
     advantages = rewards - rewards.mean(dim=1, keepdim=True)               # (P, G)
     advantages = advantages / rewards.std(dim=1, keepdim=True)
-    highest = rewards.amax(dim=1, keepdim=True)                            # (P, 1)
-    lowest = rewards.amin(dim=1, keepdim=True)
-    # Exactly 0 where all are equal; rounding could leave 1e-8 / 1e-8.
-    return torch.where(highest > lowest, advantages, 0.0)
+    # Where all are equal that was 0/0, or what rounding has left of it.
+    equal = (rewards == rewards[:, :1]).all(dim=1, keepdim=True)           # (P, 1)
+    return torch.where(equal, 0.0, advantages)
 
 
 # ---------------------------------------------------------------------------- 2 scores
 
 class Scores(NamedTuple):
-    """Responses under the model as it is now."""
-    logp: Tensor            # (B, T), 0 in padding
-    entropy: Tensor         # (B, T) of the distribution that each token was chosen from, in nats
-    hidden: Tensor          # (B, T, D) what the logits of each token were made of
+    """Responses under the model as it is now. In padding only logp is 0."""
+    logp: Tensor            # (B, T) log-prob of each token
+    entropy: Tensor         # (B, T) of the distribution that the model has for it, in nats
+    hidden: Tensor          # (B, T, D) what its logits are made of
     routes: Tensor          # (B, S, L, K), of prompt and response
     router_logits: Tensor   # (B, S, L, E)
 
 
 def score(model: MoETransformer, rollout: Rollout, temperature: float = 1.0,
           replay: bool = False) -> Scores:
-    """The log-probs of a rollout's responses under the model as it is now, at the temperature that
-    they were sampled with, and what else a pass over them gives.
+    """The log-probs of a rollout's responses under the model as it is now, and what else a pass
+    over them gives. The temperature must be that of the sampler.
 
     With `replay` the model activates the experts that the rollout has on record, rollout.routes, in
     place of those that its router would choose today; their weights are today's."""
     routes = rollout.routes if replay else None
     T = rollout.response.shape[1]
     out = model(rollout.tokens, rollout.mask, routes, logits_to_keep=T + 1)
-    # The logits of a column predict the token of the next one. So the last column of the prompt is
-    # needed too, and those of the last column of all predict nothing.
+    # The logits of a column predict the token of the next one. So we ask for one column more, the
+    # last of the prompt, and drop the last of all, from which nothing is predicted.
     logits = at_least_fp32(out.logits[:, :-1])
     log_probs = (logits / temperature).log_softmax(dim=-1)                 # (B, T, vocab_size)
     logp = log_probs.gather(2, rollout.response[..., None])[..., 0]        # (B, T)
@@ -89,7 +90,7 @@ class LogRatios(NamedTuple):
     """How much likelier the responses are now than when they were sampled. All (B, T)."""
     log_w: Tensor       # of each token, the log of Eq. 3; 0 outside the responses
     log_s: Tensor       # its mean over the response, the log of Eq. 7, repeated along the row
-    logp: Tensor        # under the model as it is now, where all gradient comes from
+    logp: Tensor        # of each token under the model as it is now
     mask: Tensor        # True for tokens of a response
 
 
@@ -101,8 +102,7 @@ def response_mean(x: Tensor, mask: Tensor) -> Tensor:
 
 
 def log_ratios(logp: Tensor, logp_old: Tensor, mask: Tensor) -> LogRatios:
-    """From log-probs (B, T) now and when sampled, for the mask (B, T) of booleans. What stands
-    outside the mask, be it NaN, is ignored.
+    """From log-probs (B, T) now and when sampled, for the mask (B, T) of booleans.
 
     The sum of log w over a response would be the log of Eq. 7 without its power 1/|y|. The spread
     of a sum grows with the length: a range that clips few responses of 10 tokens would clip most of
@@ -134,7 +134,7 @@ def clip(log_ratio: Tensor, A: Tensor, low: float, high: float) -> tuple[Tensor,
         A < 0             none            gradient            gradient
 
     What has moved far enough in the direction of its advantage has no gradient any more. What has
-    moved against it keeps its gradient."""
+    moved against it keeps its gradient, up to MAX_LOG_RATIO."""
     ratio = to_ratio(log_ratio)
     clipped_ratio = ratio.clamp(1 - low, 1 + high)
     worth = torch.minimum(ratio * A, clipped_ratio * A)
@@ -144,25 +144,24 @@ def clip(log_ratio: Tensor, A: Tensor, low: float, high: float) -> tuple[Tensor,
 
 
 def gspo(logs: LogRatios, A: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
-    return clip(logs.log_s, A, low, high)                                  # Eq. 5 and 7
+    return clip(logs.log_s, A, low, high)
 
 
 def grpo(logs: LogRatios, A: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
-    return clip(logs.log_w, A, low, high)                                  # Eq. 2 and 3
+    return clip(logs.log_w, A, low, high)
 
 
-def mean_of_means(lengths: Tensor, longest: int) -> Tensor:
-    """How much each token of a response counts: lengths |y| (B,) of the responses, and the longest
-    that there can be, which one of the relatives needs -> weights (B,)."""
-    return 1 / (len(lengths) * lengths)                 # 1/B sum_i 1/|y_i| sum_t
+def mean_of_means(lengths: Tensor) -> Tensor:
+    """The token weights of both, for the mean over responses of the mean over their tokens: lengths
+    |y| (B,) -> 1 / (B |y|), for each token of a response (B,)."""
+    return 1 / (len(lengths) * lengths)
 
 
 class Algorithm(NamedTuple):
-    """A row of the table. GSPO and GRPO differ in the first two columns only."""
-    objective: Callable                 # (LogRatios, A, low, high) -> what `clip` returns
-    clip_range: tuple                   # low, high
-    weights: Callable = mean_of_means   # (lengths, longest) -> how much a token counts (B,)
-    per_token: bool = True              # False if a response has one advantage for all its tokens
+    objective: Callable                         # gspo or grpo
+    clip_range: tuple                           # low, high
+    per_token: bool = True                      # may tokens of one response differ in A?
+    token_weights: Callable = mean_of_means
 
 
 # The GSPO paper has the clip range 3e-4 and 4e-4, for responses of thousands of tokens. Ours have
@@ -179,7 +178,7 @@ ALGORITHMS = {      # lab/extras/relatives.py adds more
 
 def policy_loss(algorithm: str, logp: Tensor, logp_old: Tensor, advantages: Tensor, mask: Tensor,
                 clip_low: float | None = None, clip_high: float | None = None,
-                weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
+                token_weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The loss to minimise, a scalar, and which tokens are clipped, (B, T).
 
     logp (B, T)          log-probs of the response tokens under the policy being trained
@@ -189,8 +188,8 @@ def policy_loss(algorithm: str, logp: Tensor, logp_old: Tensor, advantages: Tens
                          elsewhere, be it NaN, is ignored. A row without tokens is worth 0, but
                          counts as a response.
     clip_low, clip_high  by default those of ALGORITHMS
-    weights (B,)         how much each token of a response counts, if the rows are only a part of
-                         the mini-batch; by default as in ALGORITHMS, the longest length being T
+    token_weights (B,)   how much each token of a response counts, if the rows are only a part of
+                         the mini-batch; by default as in ALGORITHMS
 
     Two responses, of 3 tokens and of 2. The first is good (A = 1) and has become likelier, beyond
     the clip range. The second is bad (A = -1) and has become likelier too: it keeps its gradient.
@@ -207,36 +206,39 @@ def policy_loss(algorithm: str, logp: Tensor, logp_old: Tensor, advantages: Tens
     """
     if algorithm not in ALGORITHMS:
         raise ValueError(f"algorithm is {algorithm!r}; it can be one of {', '.join(ALGORITHMS)}")
-    row = ALGORITHMS[algorithm]
-    low = row.clip_range[0] if clip_low is None else clip_low
-    high = row.clip_range[1] if clip_high is None else clip_high
+    entry = ALGORITHMS[algorithm]
+    low = entry.clip_range[0] if clip_low is None else clip_low
+    high = entry.clip_range[1] if clip_high is None else clip_high
     if advantages.dim() == 1:
         advantages = advantages[:, None]
-    elif not row.per_token:
+    elif not entry.per_token:
         raise ValueError(f"{algorithm} has one advantage per response, (B,), not one per token")
     mask = mask > 0                                                        # of any dtype
     logs = log_ratios(logp, logp_old, mask)                                # (B, T) each
     A = torch.where(mask, advantages.detach().to(logs.logp.dtype), 0)      # (B, T)
-    if weights is None:
-        lengths = mask.sum(dim=1).clamp(min=1).to(A.dtype)                 # (B,)
-        weights = row.weights(lengths, mask.shape[1])                      # (B,)
+    if token_weights is None:
+        lengths = mask.sum(dim=1).clamp(min=1).to(A.dtype)
+        token_weights = entry.token_weights(lengths)                       # (B,)
 
-    worth, clipped = row.objective(logs, A, low, high)                     # (B, T) each
+    worth, clipped = entry.objective(logs, A, low, high)                       # (B, T) each
     # In GSPO all tokens of a response are worth the same, and each counts 1/(B |y|): their sum is
     # the one term for a response that Eq. 5 has.
     per_response = torch.where(mask, worth, 0).sum(dim=1)                  # (B,)
-    objective = (per_response * weights).sum()
-    return -objective, clipped
+    J = (per_response * token_weights).sum()
+    return -J, clipped
 
 
 # ---------------------------------------------------------------------------- 6 gradient and step
 
-class Learned(NamedTuple):
-    """What `gradient` has computed, for whoever measures it. No gradient flows back from here."""
+@dataclass
+class Learned:
+    """What was learned from a mini-batch, for whoever measures it. No gradient flows from here."""
     batch: Rollout
     scores: Scores
-    loss: float             # the policy loss
-    clipped: Tensor         # (B, T) True where the clip takes the gradient away
+    loss: float                 # the policy loss
+    clipped: Tensor             # (B, T) True where the clip takes the gradient away
+    grad_norm: float = 0.0      # what `step` has returned
+    mini_batch: int = 0         # its number, from 0, counted on in the second epoch
 
 
 def gradient(model: MoETransformer, batch: Rollout, config,
@@ -244,17 +246,15 @@ def gradient(model: MoETransformer, batch: Rollout, config,
     """Add the gradient of a mini-batch's loss to the parameters; None if it has no row.
 
     `loss_terms` are functions (batch, scores) -> a scalar that is added to the policy loss. A
-    mini-batch may be computed in parts: batch.weights, which the policy loss and the terms sum
-    with, are those of the whole, so that losses and gradients of the parts add up."""
+    mini-batch may be computed in parts: batch.token_weights, which the policy loss and the terms
+    sum with, are those of the whole, so that losses and gradients of the parts add up."""
     if len(batch.tokens) == 0:
         return None
     scores = score(model, batch, config.temperature, replay=config.routing_replay != "none")
     loss, clipped = policy_loss(config.algorithm, scores.logp, batch.logp_old, batch.advantages,
                                 batch.response_mask, config.clip_low, config.clip_high,
-                                batch.weights)
-    total = loss
-    for term in loss_terms:
-        total = total + term(batch, scores)
+                                batch.token_weights)
+    total = loss + sum(term(batch, scores) for term in loss_terms)
     total.backward()
     return Learned(batch, Scores(*(x.detach() for x in scores)), loss.item(), clipped)
 
@@ -274,44 +274,37 @@ def step(parameters: list[nn.Parameter], optimizers: list[torch.optim.Optimizer]
 
 # ---------------------------------------------------------------------------- 7 the update
 
-class Step(NamedTuple):
-    """An optimiser step of an update."""
-    mini_batch: int         # its number, from 0, counted on in the second epoch
-    learned: Learned
-    grad_norm: float
-
-
 def update(model: MoETransformer, optimizer: torch.optim.Optimizer, rollout: Rollout, config,
-           loss_terms: Sequence[Callable] = (), gradient: Callable = gradient,
-           step: Callable = step) -> list[Step]:
-    """One optimiser step for each mini-batch of whole groups, from the first group to the last; and
-    again in each further epoch.
+           loss_terms: Sequence[Callable] = (), add_gradient: Callable = gradient,
+           make_step: Callable = step) -> list[Learned]:
+    """One optimiser step for each mini-batch of whole groups in which somebody has an advantage,
+    from the first group to the last; and again in each further epoch.
 
-    Learns from rollout.advantages. `config` has the options of train.RLOptions. train.py passes its
-    own `gradient` and `step`, which do what those above do, and more if an option asks for it."""
+    The rollout must have logp_old, routes and advantages; `config` is a train.RLOptions. train.py
+    passes its own `add_gradient` and `make_step`: the two above, and more if an option asks."""
     parameters = []
-    for group in optimizer.param_groups:
-        parameters += group["params"]
-    row = ALGORITHMS[config.algorithm]
+    for param_group in optimizer.param_groups:
+        parameters += param_group["params"]
     groups = torch.arange(len(rollout.tokens)).view(-1, config.group_size)         # (P, G)
     mini_batches = groups.tensor_split(config.mini_batches)
-    steps = []
+    weights_of = ALGORITHMS[config.algorithm].token_weights
+    learned = []
     # logp_old was stored when the rollout was sampled. At the first mini-batch the model is still
     # the same: every ratio is 1, up to rounding, and nothing is clipped. The loss is then minus the
-    # mean of A, which is 0 because the A of a group add up to 0. But its gradient is not 0: it
-    # raises the log-probs where A > 0 and lowers them where A < 0. So watch the reward, not the
-    # loss. Each optimiser step moves the model further away from what it was.
+    # mean of A, which is 0 because the A of a group add up to 0. Its gradient is not 0: a ratio of
+    # 1 has the derivative of log pi_new, so that log-probs rise where A > 0 and fall where A < 0.
+    # Watch the reward, not the loss. Each step moves the model further away from what it was.
     for i in range(config.epochs * config.mini_batches):
-        rows = mini_batches[i % config.mini_batches].flatten()
-        batch = rollout.select(rows)
-        batch.weights = row.weights(batch.lengths, config.max_new_tokens)
+        batch = rollout.select(mini_batches[i % config.mini_batches].flatten())
+        batch.token_weights = weights_of(batch.lengths)
         if not loss_terms:
             # A response with A = 0 has no gradient and is not computed, but counts in the weights.
-            has_signal = batch.advantages.view(len(rows), -1).any(dim=1)           # (B,)
+            has_signal = batch.advantages.view(len(batch.tokens), -1).any(dim=1)   # (B,)
             batch = batch.select(has_signal)
         optimizer.zero_grad()
-        learned = gradient(model, batch, config, loss_terms)
-        if learned is not None:
-            grad_norm = step(parameters, [optimizer], config.max_grad_norm)
-            steps.append(Step(i, learned, grad_norm))
-    return steps
+        result = add_gradient(model, batch, config, loss_terms)
+        if result is not None:
+            result.mini_batch = i
+            result.grad_norm = make_step(parameters, [optimizer], config.max_grad_norm)
+            learned.append(result)
+    return learned

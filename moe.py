@@ -4,9 +4,9 @@ One layer:   x = x + attention(norm(x))
              x = x + experts(norm(x))
 
     attention   grouped queries, RMSNorm on every query and key head, rotary positions, no biases
-    router      p = softmax(W x) over all E experts, the softmax in fp32; the K most probable are
-                active, and weigh p_e / (sum of the K active p): their weights sum to 1
-    experts     y = sum over the active e of weight_e * down_e(silu(gate_e x) * up_e x)
+    router      p = softmax(router x) over all E experts, in fp32; the K most probable are active,
+                and weigh p_e / (sum of the K active p): their weights sum to 1
+    experts     y = sum over the active e of weight_e * down_e (silu(gate_e x) * up_e x)
 
 Dropout, router noise and expert capacity are left out. With them the log-prob of a response would
 be random or depend on its batch mates, and the ratio of GSPO is a ratio of log-probs. Qwen3 has no
@@ -16,16 +16,13 @@ Routing is data: the active experts come out of a forward pass as a tensor (`rou
 pass takes them in and activates them again (routing replay). No module remembers anything between
 two calls.
 
-The sampler and the trainer work on the same rectangle of tokens, see `Rollout`. Attention needs the
-rectangle; between two attentions a layer computes only the real tokens, as one flat list: see
-`unpad` and `pad`.
+Tokens come as a rectangle, with padding. Attention needs the rectangle; between two attentions a
+layer computes only the real tokens, as one flat list: see `unpad` and `pad`.
 
-The letters in shape comments:
-    P prompts    G responses to each prompt    B = P*G rows, one for each response
-    S columns: W of the prompts, then T of the responses
-    `new` columns of a call: all S, or those that a cache has not seen yet
-    N real tokens of a call: those that are not padding
-    L layers     E experts    K active experts    D width of the model    H query heads of width C
+The letters in shape comments, to which the sampler below adds its own:
+    B rows    S columns    `new` those columns of a call that no cache has seen yet; without a cache
+    that is all S    N real tokens of a call, those that are not padding
+    L layers    E experts    K active experts    D width of the model    H query heads of width C
 """
 import copy
 from dataclasses import dataclass
@@ -40,7 +37,7 @@ from torch import Tensor, nn
 class MoEConfig:
     """The sizes of a model. ValueError for sizes that cannot be built."""
     vocab_size: int
-    max_length: int = 64        # longest prompt + response, in tokens
+    max_length: int = 64        # most columns that a call may have: prompt + response, in tokens
     n_layer: int = 3
     d_model: int = 64
     n_head: int = 4
@@ -65,35 +62,40 @@ class MoEConfig:
 
 # ---------------------------------------------------------------------------- the model
 
-def unpad(x: Tensor, places: Tensor) -> Tensor:
+def unpad(x: Tensor, cells: Tensor) -> Tensor:
     """The rectangle x (B, new, ...) -> the flat list of its real tokens (N, ...), row after row.
 
-    `places` (N,) are the positions of the real tokens if you number the rectangle's cells row after
-    row, from 0. The "." is padding:
+    `cells` (N,) are the numbers of the cells with real tokens, if you count the cells of the
+    rectangle row after row, from 0. The "." is padding:
 
-        x    .  3 10  7       cells   0  1  2  3      places   1 2 3 4 5 6
-             4  5 10  .               4  5  6  7      result   3 10 7 4 5 10
+        x    .  3 10  7       numbers   0  1  2  3       cells    1 2 3 4 5 6
+             4  5 10  .                 4  5  6  7       result   3 10 7 4 5 10
     """
-    return x.flatten(0, 1).index_select(0, places)
+    x = x.flatten(0, 1)
+    if len(cells) == len(x):        # no padding, as in each step of the sampler
+        return x
+    return x.index_select(0, cells)
 
 
-def pad(x: Tensor, places: Tensor, shape: tuple[int, int]) -> Tensor:
+def pad(x: Tensor, cells: Tensor, shape: tuple[int, int]) -> Tensor:
     """The inverse of unpad: x (N, ...) -> the rectangle (B, new, ...), with 0 in padding."""
     B, new = shape
-    cells = x.new_zeros(B * new, *x.shape[1:])
-    return cells.index_copy(0, places, x).unflatten(0, (B, new))
+    if len(cells) < B * new:
+        x = x.new_zeros(B * new, *x.shape[1:]).index_copy(0, cells, x)
+    return x.unflatten(0, shape)
 
 
 def at_least_fp32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def rotate(x: Tensor, freqs_cis: Tensor) -> Tensor:
+def rotate(x: Tensor, turns: Tensor) -> Tensor:
     """Rotary positions (2104.09864): read each pair of neighbours in x (N, heads, C) as a complex
-    number and turn it by the angle that freqs_cis (N, 1, C/2) has for its position. (The released
-    Qwen3 pairs numbers half a head apart: the same model, with q and k in another order.)"""
+    number and turn it, by multiplying with a number of length 1, `turns` (N, 1, C/2), that belongs
+    to the position of its token. (The released Qwen3 pairs numbers half a head apart: the same
+    model, with q and k in another order.)"""
     pairs = torch.view_as_complex(at_least_fp32(x).unflatten(-1, (-1, 2)))      # (N, heads, C/2)
-    return torch.view_as_real(pairs * freqs_cis).flatten(-2).to(x.dtype)
+    return torch.view_as_real(pairs * turns).flatten(-2).to(x.dtype)
 
 
 class KVCache:
@@ -131,23 +133,23 @@ class Attention(nn.Module):
         self.q_norm = nn.RMSNorm(self.C, config.norm_eps)
         self.k_norm = nn.RMSNorm(self.C, config.norm_eps)
 
-    def forward(self, x: Tensor, freqs_cis: Tensor, visible: Tensor, places: Tensor,
+    def forward(self, x: Tensor, turns: Tensor, visible: Tensor, cells: Tensor,
                 cache: KVCache | None = None) -> Tensor:
-        """x (N, D), freqs_cis (N, 1, C/2), visible (B, 1, new, S), places (N,) -> (N, D)."""
+        """x (N, D), turns (N, 1, C/2), visible (B, 1, new, S), cells (N,) -> (N, D)."""
         B, _, new, _ = visible.shape
         q = self.q(x).unflatten(1, (-1, self.C))                        # (N, H, C)
         k = self.k(x).unflatten(1, (-1, self.C))                        # (N, n_kv_head, C)
         v = self.v(x).unflatten(1, (-1, self.C))
-        q = rotate(self.q_norm(q), freqs_cis)
-        k = rotate(self.k_norm(k), freqs_cis)
-        q = pad(q, places, (B, new)).transpose(1, 2)                    # (B, H, new, C)
-        k = pad(k, places, (B, new)).transpose(1, 2)                    # (B, n_kv_head, new, C)
-        v = pad(v, places, (B, new)).transpose(1, 2)
+        q = rotate(self.q_norm(q), turns)
+        k = rotate(self.k_norm(k), turns)
+        q = pad(q, cells, (B, new)).transpose(1, 2)                    # (B, H, new, C)
+        k = pad(k, cells, (B, new)).transpose(1, 2)                    # (B, n_kv_head, new, C)
+        v = pad(v, cells, (B, new)).transpose(1, 2)
         if cache is not None:
             k, v = cache.append(self, k, v)                             # (B, n_kv_head, S, C)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, enable_gqa=True)
         y = y.transpose(1, 2).flatten(2)                                # (B, new, D)
-        return self.o(unpad(y, places))
+        return self.o(unpad(y, cells))
 
 
 class Experts(nn.Module):
@@ -196,18 +198,18 @@ class Layer(nn.Module):
         self.experts_norm = nn.RMSNorm(config.d_model, config.norm_eps)
         self.experts = Experts(config)
 
-    def forward(self, x: Tensor, freqs_cis: Tensor, visible: Tensor, places: Tensor,
+    def forward(self, x: Tensor, turns: Tensor, visible: Tensor, cells: Tensor,
                 cache: KVCache | None, routes: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        x = x + self.attention(self.attention_norm(x), freqs_cis, visible, places, cache)
+        x = x + self.attention(self.attention_norm(x), turns, visible, cells, cache)
         y, routes, router_logits = self.experts(self.experts_norm(x), routes)
         return x + y, routes, router_logits
 
 
 class Output(NamedTuple):
-    """What a forward pass returns; 0 in padding."""
-    logits: Tensor          # (B, logits_to_keep, vocab_size)
-    hidden: Tensor          # (B, logits_to_keep, D) what the logits are made of
-    routes: Tensor          # (B, new, L, K) the active experts, most probable first
+    """What a forward pass returns. In padding, all is 0. `kept` are the columns you asked for."""
+    logits: Tensor          # (B, kept, vocab_size)
+    hidden: Tensor          # (B, kept, D) what the logits are made of
+    routes: Tensor          # (B, new, L, K) the active experts
     router_logits: Tensor   # (B, new, L, E) in fp32
 
 
@@ -224,21 +226,21 @@ class MoETransformer(nn.Module):
         frequency = config.rope_theta ** (-torch.arange(0, C, 2) / C)   # (C/2,)
         angle = torch.arange(config.max_length)[:, None] * frequency    # (max_length, C/2)
         # Complex numbers of fp32, which model.bfloat16() leaves alone: positions stay exact.
-        freqs_cis = torch.polar(torch.ones_like(angle), angle)
-        self.register_buffer("freqs_cis", freqs_cis, persistent=False)
+        turns = torch.polar(torch.ones_like(angle), angle)
+        self.register_buffer("turns", turns, persistent=False)
         for parameter in self.parameters():
             if parameter.dim() > 1:         # 1/sqrt(inputs): outputs are as large as inputs
                 nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
         nn.init.normal_(self.embed.weight, std=1.0)
 
     def forward(self, tokens: Tensor, mask: Tensor, routes: Tensor | None = None,
-                cache: KVCache | None = None, logits_to_keep: int = 0) -> Output:
+                cache: KVCache | None = None, logits_to_keep: int | None = None) -> Output:
         """Tokens (B, new) -> Output. What stands in padding, on either side, changes nothing.
 
         mask (B, new)         True for real tokens
         routes (B, new, L, K) experts to activate instead of the router's choice (replay)
         cache                 what came before; this call adds its columns to it
-        logits_to_keep        the last columns, whose logits you want; 0 for all
+        logits_to_keep        how many columns, the last ones, need logits; None for all
         ValueError for more columns than config.max_length."""
         B, new = tokens.shape
         all_mask = mask                                                 # (B, S)
@@ -250,36 +252,39 @@ class MoETransformer(nn.Module):
         if S > self.config.max_length:
             raise ValueError(f"{S} columns are more than max_length = {self.config.max_length}")
 
-        places = mask.flatten().nonzero()[:, 0]                         # (N,)
-        x = self.embed(unpad(tokens, places))                           # (N, D)
+        cells = mask.flatten().nonzero()[:, 0]                          # (N,)
+        x = self.embed(unpad(tokens, cells))                            # (N, D)
         # The first real token of a row has position 0, however much padding stands before it.
         positions = (all_mask.cumsum(dim=1) - 1)[:, -new:]              # (B, new)
-        freqs_cis = self.freqs_cis[unpad(positions, places)][:, None]   # (N, 1, C/2)
-        key = torch.arange(S, device=tokens.device)                     # (S,)
-        query = key[-new:, None]                                        # (new, 1)
+        turns = self.turns[unpad(positions, cells)][:, None]            # (N, 1, C/2)
+        column = torch.arange(S, device=tokens.device)                  # (S,)
+        own = column[-new:, None]                                       # (new, 1)
         # A column sees the real tokens up to its own. Padding sees itself: no softmax is empty.
-        visible = all_mask[:, None] & (key <= query) | (key == query)   # (B, new, S)
+        visible = (all_mask[:, None] & (column <= own)) | (column == own)   # (B, new, S)
         visible = visible[:, None]                                      # the same for all heads
-        active = []
-        router_logits = []
+        routes_of_layers = []
+        logits_of_layers = []
         for i, layer in enumerate(self.layers):
-            replayed = None if routes is None else unpad(routes[:, :, i], places).long()    # (N, K)
-            x, active_here, logits_here = layer(x, freqs_cis, visible, places, cache, replayed)
-            active.append(active_here)                                  # (N, K)
-            router_logits.append(logits_here)                           # (N, E)
+            replayed = None
+            if routes is not None:
+                replayed = unpad(routes[:, :, i], cells).long()         # (N, K)
+            x, active, router_logits = layer(x, turns, visible, cells, cache, replayed)
+            routes_of_layers.append(active)                             # (N, K)
+            logits_of_layers.append(router_logits)                      # (N, E)
 
-        hidden = self.norm(pad(x, places, (B, new))[:, -logits_to_keep:])
+        first = 0 if logits_to_keep is None else new - logits_to_keep
+        hidden = self.norm(pad(x, cells, (B, new))[:, first:])
         return Output(self.unembed(hidden), hidden,
-                      pad(torch.stack(active, dim=1), places, (B, new)),
-                      pad(torch.stack(router_logits, dim=1), places, (B, new)))
+                      pad(torch.stack(routes_of_layers, dim=1), cells, (B, new)),
+                      pad(torch.stack(logits_of_layers, dim=1), cells, (B, new)))
 
 
 def balance_loss(routes: Tensor, router_logits: Tensor, mask: Tensor) -> Tensor:
     """How unevenly the experts are used: 1 if all are used alike, E/K if only K of them are.
 
     E * sum over e of (share of the active pairs) * (mean probability), averaged over the layers:
-    Switch Transformer (2101.03961), Eq. 4-6. Of routes (B, S, L, K) and router_logits (B, S, L, E),
-    both as a pass gave them, for the real tokens of mask (B, S)."""
+    Switch Transformer (2101.03961), Eq. 4-6. routes (B, S, L, K) and router_logits (B, S, L, E) are
+    those of an Output; only the real tokens of mask (B, S) count."""
     routes = routes[mask].transpose(0, 1)                               # (L, N, K)
     router_logits = router_logits[mask].transpose(0, 1)                 # (L, N, E)
     probs = router_logits.contiguous().softmax(dim=-1)
@@ -295,29 +300,30 @@ def balance_loss(routes: Tensor, router_logits: Tensor, mask: Tensor) -> Tensor:
 class Rollout:
     """What flows from the sampler to the trainer: one rectangle, a row for every response.
 
-    Prompts are padded on the left to a common width W, responses follow, padded on the right; those
-    to one prompt stand side by side. Prompts 3 10 and 4 5 10, two responses to each, end token 9
-    and padding "." may give
+    More letters: P prompts, G responses to each, so that B = P*G. S = W + T columns: W of the
+    prompts, padded on the left, and T of the responses, padded on the right. Responses to one
+    prompt stand side by side. Prompts 3 10 and 4 5 10, two responses to each, end token 9 and
+    padding "." may give
 
         tokens   .  3 10 |  7  9  .               mask   . x x | x x .
                  .  3 10 |  7  7  9                      . x x | x x x
                  4  5 10 |  5  9  .                      x x x | x x .
                  4  5 10 |  6  6  6  (truncated)         x x x | x x x
 
-    The truncated response has no end token. W = 3 columns of prompts, T = 3 of responses, whose
-    lengths are 2 3 2 3, as the end token counts.
+    The truncated response has no end token. The lengths are 2 3 2 3, as the end token counts.
 
-    Whoever works on a rollout adds what he knows of each row: in the fields that are None at first,
-    or in others. The rows that are selected take it along."""
+    What becomes known of the rows later goes into the fields that are None at first, or into others
+    of your own. Each tensor here has an entry for every row, and `select` selects from all."""
     tokens: Tensor                      # (B, S)
     mask: Tensor                        # (B, S) True for real tokens
     prompt_width: int                   # W
     logp_old: Tensor | None = None      # (B, T) log-prob of each token when it was sampled
-    routes: Tensor | None = None        # (B, S, L, K) experts that were active then, uint8; 0 where
-                                        # no pass was made: padding, last token of a response
+    routes: Tensor | None = None        # (B, S, L, K) experts that were active then, uint8. Padding
+                                        # and the last token of a response, from which nothing is
+                                        # predicted, have none: a 0, which reads as expert 0
     rewards: Tensor | None = None       # (B,)
     advantages: Tensor | None = None    # (B,), or (B, T) for one per token
-    weights: Tensor | None = None       # (B,) how much each token of the response counts
+    token_weights: Tensor | None = None # (B,) how much each token of the response counts
 
     @property
     def response(self) -> Tensor:
@@ -343,30 +349,43 @@ class Rollout:
         return part
 
 
-def lay_out(prompts: list[list[int]], room: int, pad_id: int,
-            vocab_size: int) -> tuple[Tensor, Tensor, int]:
-    """P lists of token ids -> tokens and mask (P, W + room), with empty columns for responses, and
-    W. ValueError for a prompt that has no ids or unknown ones."""
+def lay_out(prompts: list[list[int]], responses: list[list[int]], pad_id: int,
+            device: torch.device, room: int = 0) -> Rollout:
+    """Prompts and a response to each, lists of token ids -> a Rollout as drawn above, with `room`
+    more columns of padding on the right."""
+    W = max(map(len, prompts))
+    T = max(map(len, responses)) + room
+    tokens = []
+    mask = []
+    for prompt, response in zip(prompts, responses):
+        left = W - len(prompt)
+        right = T - len(response)
+        tokens.append([pad_id] * left + prompt + response + [pad_id] * right)
+        mask.append([False] * left + [True] * len(prompt + response) + [False] * right)
+    return Rollout(torch.tensor(tokens, device=device), torch.tensor(mask, device=device), W)
+
+
+def check_prompts(prompts: list[list[int]], vocab_size: int):
+    """ValueError for a prompt that is empty, or has ids that the model does not know."""
     for prompt in prompts:
         if not prompt or min(prompt) < 0 or max(prompt) >= vocab_size:
             raise ValueError(f"a prompt is {prompt}; it must be one or more token ids from 0 to "
                              f"{vocab_size - 1}")
-    W = max(map(len, prompts))
-    tokens = []
-    mask = []
-    for prompt in prompts:
-        left = W - len(prompt)
-        tokens.append([pad_id] * left + prompt + [pad_id] * room)
-        mask.append([False] * left + [True] * len(prompt) + [False] * room)
-    return torch.tensor(tokens), torch.tensor(mask), W
 
 
-def choose(probs: Tensor, uniform: Tensor) -> Tensor:
-    """Draw a token for each row of probs (rows, vocab_size): the first at which the cumulative
-    probability exceeds the row's random number, uniform (rows,), at least 0 and below 1."""
-    cumulative = probs.cumsum(dim=-1)                                   # (rows, vocab_size)
-    number = uniform[:, None] * cumulative[:, -1:]                      # (rows, 1)
-    return torch.searchsorted(cumulative, number, right=True)[:, 0]
+def choose(logits: Tensor, temperature: float, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """A token for each row of logits (rows, vocab_size), and its log-prob; (rows,) each.
+
+    It is the first at which the cumulative probability exceeds the row's number `uniform` (rows,),
+    at least 0 and below 1; at temperature 0 the likeliest, with its log-prob at temperature 1."""
+    probs = (logits.float() / (temperature or 1.0)).softmax(dim=-1)     # (rows, vocab_size)
+    if temperature == 0:
+        chosen = probs.argmax(dim=-1)                                   # (rows,)
+    else:
+        cumulative = probs.cumsum(dim=-1)
+        number = uniform[:, None] * cumulative[:, -1:]                  # (rows, 1)
+        chosen = torch.searchsorted(cumulative, number, right=True)[:, 0]
+    return chosen, probs.gather(1, chosen[:, None])[:, 0].log()
 
 
 @torch.no_grad()
@@ -375,36 +394,35 @@ def generate(model: MoETransformer, prompts: list[list[int]], group_size: int, m
              uniform: Tensor | None = None) -> Rollout:
     """Sample `group_size` responses to each of P prompts, lists of token ids.
 
-    A response ends with `eos_id`, or is truncated after `max_new_tokens`. No top-k or top-p: the
-    trainer scores the distribution that was sampled. Temperature 0 takes the likeliest token, with
-    its log-prob at temperature 1. All randomness is `uniform` (B, max_new_tokens), from 0 to 1."""
+    A response ends with `eos_id`, or is truncated after `max_new_tokens`. `choose` explains the
+    temperature and `uniform` (B, max_new_tokens). No top-k, no top-p: the trainer scores all."""
+    check_prompts(prompts, model.config.vocab_size)
     device = model.embed.weight.device
-
     # 1 Prefill: each prompt goes through the model once.
-    tokens, mask, W = lay_out(prompts, max_new_tokens, pad_id, model.config.vocab_size)
+    start = lay_out(prompts, [[]] * len(prompts), pad_id, device, room=max_new_tokens)      # P rows
+    W = start.prompt_width
     cache = KVCache()
-    out = model(tokens[:, :W].to(device), mask[:, :W].to(device), cache=cache, logits_to_keep=1)
+    out = model(start.tokens[:, :W], start.mask[:, :W], cache=cache, logits_to_keep=1)
 
-    # 2 Copy each prompt and what is known of it to all rows of its group.
-    prompt_of_row = torch.arange(len(prompts)).repeat_interleave(group_size)        # (B,)
-    tokens = tokens[prompt_of_row].to(device)                           # (B, S)
-    mask = mask[prompt_of_row].to(device)
+    # 2 Copy each prompt, and what is known of it, to all rows of its group.
+    prompt_of_row = torch.arange(len(prompts), device=device).repeat_interleave(group_size)
+    cache.keep_rows(prompt_of_row)
     logits = out.logits[prompt_of_row, -1]                              # (B, vocab_size)
-    routes = F.pad(out.routes[prompt_of_row], (0, 0, 0, 0, 0, max_new_tokens)).to(torch.uint8)
-    logp_old = torch.zeros(len(tokens), max_new_tokens, device=device)  # (B, T)
-    cache.keep_rows(prompt_of_row.to(device))
+    rollout = start.select(prompt_of_row)                               # B rows
+    routes = out.routes[prompt_of_row].to(torch.uint8)                  # (B, W, L, K)
+    rollout.routes = F.pad(routes, (0, 0, 0, 0, 0, max_new_tokens))     # (B, S, L, K)
+    rollout.logp_old = torch.zeros(rollout.response.shape, device=device)       # (B, T)
 
     # 3 Loop: choose a token for each row, drop the rows that end with it, compute the others.
     # Each row has random numbers of its own: that one row ends changes nothing for the others.
-    uniform = (torch.rand(logp_old.shape) if uniform is None else uniform).to(device)
-    rows = torch.arange(len(tokens), device=device)                     # those that go on
+    uniform = (torch.rand(rollout.response.shape) if uniform is None else uniform).to(device)
+    rows = torch.arange(len(prompt_of_row), device=device)              # those that go on
     for t in range(max_new_tokens):
-        probs = (logits.float() / (temperature or 1.0)).softmax(dim=-1)     # (rows, vocab_size)
-        chosen = choose(probs, uniform[rows, t]) if temperature else probs.argmax(dim=-1)
+        chosen, logp_old = choose(logits, temperature, uniform[rows, t])
         # The end token is like any other: chosen here, so scored and learned. To stop is an action.
-        tokens[rows, W + t] = chosen
-        mask[rows, W + t] = True
-        logp_old[rows, t] = probs.gather(1, chosen[:, None])[:, 0].log()
+        rollout.tokens[rows, W + t] = chosen
+        rollout.mask[rows, W + t] = True
+        rollout.logp_old[rows, t] = logp_old
         # But nothing is predicted from the last token of a response: it needs no pass.
         go_on = (chosen != eos_id).nonzero()[:, 0]
         if len(go_on) == 0 or t == max_new_tokens - 1:
@@ -413,10 +431,11 @@ def generate(model: MoETransformer, prompts: list[list[int]], group_size: int, m
             rows = rows[go_on]
             chosen = chosen[go_on]
             cache.keep_rows(go_on)
-        out = model(chosen[:, None], mask[rows, W + t][:, None], cache=cache)
+        out = model(chosen[:, None], rollout.mask[rows, W + t, None], cache=cache)
         logits = out.logits[:, 0]
-        routes[rows, W + t] = out.routes[:, 0].to(torch.uint8)
+        rollout.routes[rows, W + t] = out.routes[:, 0].to(torch.uint8)
 
     # 4 Pack up, without the columns that no response has reached.
     S = W + t + 1
-    return Rollout(tokens[:, :S], mask[:, :S], W, logp_old[:, :S - W], routes[:, :S])
+    return Rollout(rollout.tokens[:, :S], rollout.mask[:, :S], W, rollout.logp_old[:, :t + 1],
+                   rollout.routes[:, :S])

@@ -1,7 +1,7 @@
 """Teach a tiny Mixture-of-Experts transformer arithmetic: imitation first, then RL with GSPO.
 
     python train.py                        the whole job, from random weights, in minutes on a CPU
-    python train.py --algorithm grpo       another objective, from the same cold start
+    python train.py --algorithm grpo       another objective, after the same cold start
     python train.py --task countdown       another task: a search that learns not to give up
     python train.py --ask "47*8="          ask the model of the last run
     python train.py --inspect              see what an update does to it, token by token
@@ -13,9 +13,10 @@
     3  RL           sample, reward, advantages, update; again
     4  report       what happened, in words, numbers and curves
 
-All randomness comes from (seed, stage, step). So a checkpoint needs only the weights, the
-optimiser, the success rate of each kind of problem and the number of the step to go on exactly as
-if nothing had happened (on a CPU, with as many threads).
+All randomness follows from the seed, that of an RL step from the seed and its number. So a
+checkpoint needs only the weights, the optimiser, the success rate of each kind of problem and the
+number of the last step to go on exactly as if nothing had happened (on a CPU, with as many
+threads).
 """
 import random
 import time
@@ -37,7 +38,7 @@ from lab import command_line, extras, inspection, report, runs
 from lab.muon import Muon
 from lab.options import option
 
-# Every field below is a flag, and its text is what --help says about it.
+# Every field below is a flag: its default, what --help says about it, its lowest and highest value.
 
 
 @dataclass
@@ -65,25 +66,25 @@ class ColdStartOptions:
 @dataclass
 class RLOptions:
     """RL"""
+    # The table has the rows of the extras too: `extras`, imported above, has added them.
     algorithm: str = option("gspo", "the objective", choices=tuple(gspo.ALGORITHMS))
     steps: int = option(200, "RL steps: until held-out accuracy hardly rises any more", 0)
     queries: str = option("adaptive", "kinds of problem to ask: above all those that are sometimes "
-                          "answered right (adaptive), or all equally often (uniform); a task "
-                          "without kinds decides by itself", choices=("adaptive", "uniform"))
+                          "answered right (adaptive), or all (uniform)",
+                          choices=("adaptive", "uniform"))
     prompts: int = option(32, "problems in a step", 1)
-    group_size: int = option(8, "responses to a problem: each other's baseline", 2)
-    mini_batches: int = option(4, "optimiser steps per rollout (in the paper 4), at most --prompts; "
-                               "with many GSPO is ahead of GRPO", 1)
-    epochs: int = option(1, "passes over a rollout, as in PPO; more make updates staler", 1, 100)
-    lr: float = option(3e-4, "learning rate: gentle, the policy must stay near the sampler's", 0, 1)
-    clip_low: float = option(None, "lower clip range (default: as in the table ALGORITHMS of "
-                             "gspo.py; for gspo about half of log_s_std, see results/)", 0, 1)
-    clip_high: float = option(None, "upper clip range (default: as in that table)", 0, 100)
-    routing_replay: str = option("none", "experts that the update activates: those that the router "
-                                 "chooses now (none), or those that the sampler used (r3: "
-                                 "2510.11370)", choices=("none", "r3", *extras.ROUTING_REPLAY))
-    temperature: float = option(1.0, "of sampling and of scoring: the policy as it is", 0.01, 100)
-    max_new_tokens: int = option(64, "a response without an end by then is worth 0", 1, 1000)
+    group_size: int = option(8, "responses to a problem, compared with each other", 2)
+    mini_batches: int = option(4, "optimiser steps per rollout, as in the paper; with many GSPO is "
+                               "ahead of GRPO", 1)
+    epochs: int = option(1, "passes over a rollout, as in PPO", 1, 100)
+    lr: float = option(3e-4, "learning rate: the policy must stay near the one that sampled", 0, 1)
+    clip_low: float = option(None, "lower clip range (default: as in gspo.ALGORITHMS)", 0, 1)
+    clip_high: float = option(None, "upper clip range (default: as in gspo.ALGORITHMS)", 0, 100)
+    routing_replay: str = option("none", "experts that an update activates: those that the router "
+                                 "chooses now (none), or that sampled (r3, 2510.11370)",
+                                 choices=("none", "r3", *extras.ROUTING_REPLAY))
+    temperature: float = option(1.0, "of sampling and scoring alike", 0.01, 100)
+    max_new_tokens: int = option(64, "a response without an end by then has reward 0", 1, 1000)
     max_grad_norm: float = option(1.0, "longer gradients are shortened; cold start too", 1e-6)
 
 
@@ -122,25 +123,9 @@ class Response(NamedTuple):
 
 
 class Trainer:
-    """The stages of a run. Options can ask for extras: a file in lab/extras/ puts a class in front
-    of this one, which overrides some of these methods and calls them by super():
-
-    sampler()                   the model that samples the next rollout
-    collect(sampler, rng)       a rollout with its rewards, and all responses sampled for it
-    advantages(rollout)         (B,) or (B, T), from rollout.rewards; the model has not moved yet
-    gradient(...), step(...)    gspo's functions of these names; `step` serves the cold start too
-    score(...)                  gspo.score for extras: before the update, without a gradient
-    measure(steps)              the rows of updates.csv, from what gspo.update returns
-    cold_start(), evaluate(), rl_step(step), rl()       the stages
-    state_dict(), load_state_dict(state)                all that is needed to go on
-
-    and may add to two attributes: `loss_terms`, functions (batch, scores) -> a scalar, a sum over
-    tokens with batch.weights, which are added to the policy loss (gspo.gradient says how); and
-    `measured`, a dict {column: number}, which goes into the row of metrics.csv."""
+    """The stages of a run. Options can ask for extras, classes that are put in front of this one:
+    lab/extras/__init__.py lists them, three of which are always at work, and what they may do."""
     def __init__(self, config: Config, task):
-        if config.mini_batches > config.prompts:
-            raise ValueError(f"argument --mini_batches: {config.mini_batches} are more than the "
-                             f"groups of a rollout; ask for at most --prompts, {config.prompts}")
         torch.set_num_threads(config.threads)
         torch.manual_seed(config.seed)
         self.config = config
@@ -159,9 +144,9 @@ class Trainer:
         self.optimizer = AdamW(self.model.parameters(), lr=config.lr, betas=(0.9, 0.95),
                                weight_decay=0.0, fused=True)
         self.queries = Queries(task, config.queries == "adaptive", success_rates={})
-        self.loss_terms = []
-        self.measured = {}
-        self.progress = {"step": 0, "responses": 0, "seconds_rl": 0.0}      # and evaluations
+        self.loss_terms = []            # of extras, as gspo.gradient adds them
+        self.measured = {}              # by extras, in an RL step
+        self.progress = {"step": 0}     # all that the report tells in the end
 
     # ------------------------------------------------------------------------ 1 the cold start
 
@@ -170,8 +155,9 @@ class Trainer:
         (attention, routers, experts), AdamW the rest: embedding, unembedding, norms."""
         config = self.config
         model = self.model
+        parameters = list(model.parameters())
         matrices = [parameter for parameter in model.layers.parameters() if parameter.dim() > 1]
-        vectors = [parameter for parameter in model.parameters() if parameter.dim() == 1]
+        vectors = [parameter for parameter in parameters if parameter.dim() == 1]
         rest = [model.embed.weight, model.unembed.weight, *vectors]
         optimizers = [
             Muon(matrices, config.muon_lr, weight_decay=0.05),
@@ -184,18 +170,17 @@ class Trainer:
         print(f"1 cold start: {config.cold_steps} steps of imitation")
         began = time.time()
         for step in range(1, config.cold_steps + 1):
-            # A rollout that the teacher has written. Imitation is scoring: what the teacher says
-            # shall become likely. RL imitates what the model says itself, and gives each response
-            # a weight, which can be negative.
-            batch = moe.Rollout(*demonstrations.collate(
-                next(self.demonstrations), self.tokenizer.pad_id, self.device))
-            scores = gspo.score(self.model, batch)
+            # A rollout that the teacher has written. The loss of imitation is minus the log-prob of
+            # its responses. RL has responses of the model itself, each with a weight.
+            prompts, responses = zip(*next(self.demonstrations))
+            batch = moe.lay_out(prompts, responses, self.tokenizer.pad_id, self.device)
+            scores = gspo.score(model, batch)
             nats = -scores.logp.sum()
-            loss = nats / config.cold_tokens    # not by N: a token weighs the same in every batch
+            loss = nats / config.cold_tokens    # a token weighs the same, however many there are
             uneven = moe.balance_loss(scores.routes, scores.router_logits, batch.mask)
-            self.model.zero_grad()
+            model.zero_grad()
             (loss + config.balance * uneven).backward()
-            self.step(list(self.model.parameters()), optimizers, config.max_grad_norm)
+            self.step(parameters, optimizers, config.max_grad_norm)
             for schedule in schedules:
                 schedule.step()
             report.cold_step(step, config.cold_steps, nats / batch.lengths.sum(), began)
@@ -210,8 +195,8 @@ class Trainer:
         generator = torch.Generator().manual_seed(self.config.seed)
         likeliest = self.sample(self.model, problems, 1, temperature=0.0)
         several = self.sample(self.model, problems, 4, self.config.temperature, generator)
-        sampled = self.reward(problems, several)
-        return report.evaluation(sampled, self.reward(problems, likeliest)), sampled
+        sampled = self.judge(problems, several)
+        return report.evaluation(sampled, self.judge(problems, likeliest)), sampled
 
     def sample(self, model: moe.MoETransformer, problems: list, group_size: int, temperature: float,
                generator: torch.Generator | None = None) -> moe.Rollout:
@@ -222,7 +207,7 @@ class Trainer:
         return moe.generate(model, prompts, group_size, T, temperature, self.tokenizer.eos_id,
                             self.tokenizer.pad_id, uniform)
 
-    def reward(self, problems: list, rollout: moe.Rollout) -> list[Response]:
+    def judge(self, problems: list, rollout: moe.Rollout) -> list[Response]:
         """Decode, reward and measure each response, row by row."""
         group_size = len(rollout.tokens) // len(problems)
         responses = []
@@ -239,32 +224,28 @@ class Trainer:
 
     # ------------------------------------------------------------------------ 3 RL
 
-    def rl_step(self, step: int) -> tuple[list[Response], list[gspo.Step]]:
-        """One step of RL -> all responses that were sampled, and the optimiser steps."""
+    def rl_step(self, step: int) -> tuple[list[Response], list[gspo.Learned]]:
+        """One step of RL -> all responses that were sampled, and what was learned from them."""
         rng = random.Random(f"{self.config.seed} rl {step}")
         # Draw P problems, sample G responses to each, reward them.
-        rollout, responses = self.collect(self.sampler(), rng)
+        rollout, responses = self.collect(self.model, rng)
         # Advantages: how good is a response beside its siblings?
         rollout.advantages = self.advantages(rollout)
         # Update: ratio, clip and step, `mini_batches` times in each epoch, each with its groups.
-        steps = gspo.update(self.model, self.optimizer, rollout, self.config, self.loss_terms,
-                            self.gradient, self.step)
+        learned = gspo.update(self.model, self.optimizer, rollout, self.config, self.loss_terms,
+                              self.gradient, self.step)
         # Learn what to ask next: problems that are sometimes answered right, sometimes wrong.
         self.queries.learn(responses)
-        return responses, steps
+        return responses, learned
 
-    def sampler(self) -> moe.MoETransformer:
-        """The model that learns, as it is now."""
-        return self.model
-
-    def collect(self, sampler: moe.MoETransformer,
+    def collect(self, model: moe.MoETransformer,
                 rng: random.Random) -> tuple[moe.Rollout, list[Response]]:
-        """G responses to each of P new problems, as a rollout and as texts."""
+        """G responses of the model to each of P new problems, as a rollout and as texts."""
         config = self.config
         problems = self.queries.draw(config.prompts, rng)
         generator = torch.Generator().manual_seed(rng.getrandbits(63))
-        rollout = self.sample(sampler, problems, config.group_size, config.temperature, generator)
-        responses = self.reward(problems, rollout)
+        rollout = self.sample(model, problems, config.group_size, config.temperature, generator)
+        responses = self.judge(problems, rollout)
         rewards = [response.reward for response in responses]
         rollout.rewards = torch.tensor(rewards, device=self.device)
         return rollout, responses
@@ -276,14 +257,7 @@ class Trainer:
 
     gradient = staticmethod(gspo.gradient)
     step = staticmethod(gspo.step)
-
-    @torch.no_grad()
-    def score(self, model: moe.MoETransformer, rollout: moe.Rollout,
-              replay: bool = False) -> gspo.Scores:
-        return gspo.score(model, rollout, self.config.temperature, replay)
-
-    def measure(self, steps: list[gspo.Step]) -> list[dict]:
-        return report.update_metrics(steps)
+    measure = staticmethod(report.update_metrics)
 
     def rl(self):
         """RL up to step config.steps: logged, evaluated and saved on the way."""
@@ -292,8 +266,8 @@ class Trainer:
         for step in range(self.progress["step"] + 1, config.steps + 1):
             began = time.time()
             self.measured = {}
-            responses, steps = self.rl_step(step)
-            updates = self.measure(steps)
+            responses, learned = self.rl_step(step)
+            updates = self.measure(learned)
             self.measured["seconds"] = time.time() - began
             last = step == config.steps
             evaluated = self.evaluate() if last or step % config.eval_every == 0 else None
@@ -306,12 +280,15 @@ class Trainer:
 
     def run(self):
         """The four stages, or what is left of them."""
-        if "evaluation" not in self.progress:
+        if "evaluation" not in self.progress:       # a new run
             runs.clear(self.folder)
             self.cold_start()
-            report.first_evaluation(self.folder, self.progress, *self.evaluate())
-            for name in ("cold_start.pt", "checkpoint.pt"):
-                runs.save(self.folder / name, self.state_dict())
+            print("2 evaluate: what imitation has reached")
+            evaluation, responses = self.evaluate()
+            report.show(evaluation, responses, self.folder, "after the cold start")
+            self.progress |= {"first_evaluation": evaluation, "evaluation": evaluation}
+            runs.save(self.folder / "cold_start.pt", self.state_dict())     # for --inspect
+            runs.save(self.folder / "checkpoint.pt", self.state_dict())
         self.rl()
         report.finish(self.folder, self.config, self.task, self.progress)
 
@@ -330,17 +307,13 @@ class Trainer:
 def main(argv: list[str] | None = None):
     with runs.bad_input_in_one_line():
         config, task, todo, state = command_line.parse(argv, Config, OPTION_GROUPS, __doc__)
-        trainer = extras.extend(Trainer, config)(config, task)
+        ExtendedTrainer = extras.extend(Trainer, config)
+        trainer = ExtendedTrainer(config, task)
         if state:
             trainer.load_state_dict(state)
-        if todo["ask"] is not None:
-            return inspection.ask(trainer, todo["ask"], MAX_PROMPT)
-        trainer.folder.mkdir(parents=True, exist_ok=True)
-    if todo["eval_only"]:
-        return report.show(*trainer.evaluate())
-    if todo["inspect"]:
-        return inspection.inspect_update(trainer)
-    with runs.lock(trainer.folder), runs.trouble_in_one_line():
+    if todo:
+        return inspection.look(trainer, todo, MAX_PROMPT)       # --ask, --inspect, --eval_only
+    with runs.alone_in(trainer.folder):
         trainer.run()
 
 

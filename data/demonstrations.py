@@ -3,8 +3,6 @@ import itertools
 import random
 from collections.abc import Iterator
 
-import torch
-
 Example = tuple[list[int], list[int]]       # prompt and response
 
 
@@ -50,23 +48,3 @@ def batches(task, tokenizer, seed: int, max_tokens: int) -> Iterator[list[Exampl
             room = max_tokens
         batch.append((prompt, response))
         room -= length
-
-
-def collate(batch: list[Example], pad_id: int,
-            device: torch.device) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """A batch of B pairs -> tokens (B, S), mask (B, S), and W, the columns of the prompts: the
-    rectangle of moe.Rollout.
-
-        prompt 3 10, response 7 9          tokens   .  3 10 |  7  9  .      mask   . x x | x x .
-        prompt 4 5 10, response 8 8 9               4  5 10 |  8  8  9             x x x | x x x
-    """
-    W = max(len(prompt) for prompt, _ in batch)
-    T = max(len(response) for _, response in batch)
-    tokens = []
-    mask = []
-    for prompt, response in batch:
-        left = W - len(prompt)
-        right = T - len(response)
-        tokens.append([pad_id] * left + prompt + response + [pad_id] * right)
-        mask.append([False] * left + [True] * (len(prompt) + len(response)) + [False] * right)
-    return torch.tensor(tokens, device=device), torch.tensor(mask, device=device), W

@@ -13,6 +13,7 @@ import torch
 
 import gspo
 import moe
+from lab import report, runs
 from lab.measures import expert_change, predicting
 from lab.report import paint
 
@@ -144,6 +145,17 @@ def answer(prompt, text, truncated):
     return prompt + paint(thinking + closed, "dim") + paint(rest, "bold") + note
 
 
+def look(trainer, todo, max_prompt):
+    """What --ask, --inspect or --eval_only have asked for, {name: value}."""
+    if "ask" in todo:
+        with runs.bad_input_in_one_line():
+            ask(trainer, todo["ask"], max_prompt)
+    elif "inspect" in todo:
+        inspect_update(trainer)
+    else:
+        report.show(*trainer.evaluate())
+
+
 def ask(trainer, prompt, longest):
     """Print the model's greedy answer. ValueError for a prompt without tokens or of more than
     `longest`."""
@@ -168,7 +180,7 @@ def inspect_update(trainer):
           "response.")
     config = trainer.config
     step = trainer.progress["step"]
-    rollout, _ = trainer.collect(trainer.sampler(), random.Random(f"{config.seed} rl {step + 1}"))
+    rollout, _ = trainer.collect(trainer.model, random.Random(f"{config.seed} rl {step + 1}"))
     rollout.advantages = trainer.advantages(rollout)
     n_steps = config.mini_batches * config.epochs
     made = max(1, n_steps - 1)

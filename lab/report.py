@@ -44,14 +44,22 @@ def read_table(path):
 
 # ---------------------------------------------------------------------------- numbers
 
+def mean_row(rows):
+    """The mean of each entry, a number or a list of numbers, over the rows that have it."""
+    result = {}
+    for name in dict.fromkeys(itertools.chain(*rows)):
+        values = [row[name] for row in rows if name in row]
+        if isinstance(values[0], list):
+            result[name] = [mean(numbers) for numbers in zip(*values)]
+        else:
+            result[name] = mean(values)
+    return result
+
+
 def means(updates):
     """The mean of each metric over the optimiser steps of an RL step that have it, and over the
     layers where each layer has one."""
-    result = {}
-    for name in dict.fromkeys(itertools.chain(*updates)):
-        values = [update[name] for update in updates if name in update]
-        result[name] = mean(mean(x) if isinstance(x, list) else x for x in values)
-    return result
+    return {name: mean(x) if isinstance(x, list) else x for name, x in mean_row(updates).items()}
 
 
 def response_metrics(responses):
@@ -91,18 +99,17 @@ def share_without_signal(responses, group_size):
     return mean(min(group) == max(group) for group in groups)
 
 
-def update_metrics(steps):
+def update_metrics(learned):
     """A row of updates.csv for each optimiser step, as gspo.update returns them."""
     rows = []
-    for step in steps:
-        learned = step.learned
-        mask = learned.batch.response_mask
+    for x in learned:
+        mask = x.batch.response_mask
         rows.append({
-            "mini_batch": step.mini_batch,
-            "loss": learned.loss,
-            "clipped": learned.clipped[mask].float().mean().item(),
-            "entropy": learned.scores.entropy[mask].mean().item(),
-            "grad_norm": step.grad_norm,
+            "mini_batch": x.mini_batch,
+            "loss": x.loss,
+            "clipped": x.clipped[mask].float().mean().item(),
+            "entropy": x.scores.entropy[mask].mean().item(),
+            "grad_norm": x.grad_norm,
         })
     return rows
 
@@ -187,7 +194,7 @@ class Log:
         self.options = options
         self.progress = progress
         self.start = progress["step"]
-        self.seconds_before = progress["seconds_rl"]
+        self.seconds_before = progress.setdefault("seconds_rl", 0.0)
         self.began = time.time()
         measures = list(progress["evaluation"]["measures"])
         layers = itertools.product(extra["LAYER_COLUMNS"], range(options["n_layer"]))
@@ -214,7 +221,7 @@ class Log:
         row = {"step": step} | response_metrics(responses) | means(updates) | measured
         row["no_signal"] = share_without_signal(responses, self.options["group_size"])
         row["tokens_per_second"] = sum(r.length for r in responses) / row["seconds"]
-        progress["responses"] += len(responses)
+        progress["responses"] = progress.get("responses", 0) + len(responses)
         progress["seconds_rl"] = self.seconds_before + time.time() - self.began
         if evaluated:
             progress["evaluation"] = evaluated[0]
@@ -243,14 +250,6 @@ def cold_step(step, steps, loss, began):
     if step % 100 == 0 or step == steps:
         left = (time.time() - began) / step * (steps - step)
         print(f"  step {step:5}   loss {loss:.3f} nats a token   {clock(left)} left", flush=True)
-
-
-def first_evaluation(folder, progress, evaluation, responses):
-    """What imitation has reached: into the `progress`, samples.txt and onto the screen."""
-    print("2 evaluate: what imitation has reached")
-    progress["first_evaluation"] = evaluation
-    progress["evaluation"] = evaluation
-    show(evaluation, responses, folder, "after the cold start")
 
 
 def print_row(row, accuracy, left):
@@ -313,7 +312,7 @@ def finish(folder, config, task, progress):
         "seconds_cold_start": progress["seconds_cold_start"], "seconds_rl": progress["seconds_rl"],
         "seconds": progress["seconds_cold_start"] + progress["seconds_rl"],
         "peak_memory_mib": peak_memory_mib(), "steps": progress["step"],
-        "responses": progress["responses"],
+        "responses": progress.get("responses", 0),
         "measures_cold_start": cold["measures"], "measures": last["measures"]}
     write(folder / "summary.json", json.dumps(summary, indent=2).encode())
     print("4 report", *summary_lines(summary, config.algorithm), sep="\n  ")

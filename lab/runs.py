@@ -80,10 +80,23 @@ def clear(folder: Path):
             path.unlink()
 
 
+@contextlib.contextmanager
+def bad_input_in_one_line():
+    """What the options or files lead to, before any work: one line and exit code 2."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except (ValueError, OSError, RuntimeError) as error:
+        fail(error)
+
+
 def lock(folder: Path):
-    """Use it as `with lock(folder):`, which keeps other runs out. A process that is killed lets go
-    of the folder. One line and exit code 2 if another run has it. (Windows has no flock: there
-    nothing is locked.)"""
+    """Use it as `with lock(folder):`, which makes the folder and keeps other runs out. A process
+    that is killed lets go of it. One line and exit code 2 if another run has it, or it cannot be
+    made. (Windows has no flock: there nothing is locked.)"""
+    with bad_input_in_one_line():
+        folder.mkdir(parents=True, exist_ok=True)
     try:
         import fcntl
     except ImportError:
@@ -97,29 +110,21 @@ def lock(folder: Path):
 
 
 @contextlib.contextmanager
-def bad_input_in_one_line():
-    """What the options or files lead to, before any work: one line and exit code 2."""
-    try:
-        yield
-    except BrokenPipeError:
-        raise
-    except (ValueError, OSError, RuntimeError) as error:
-        fail(error)
-
-
-@contextlib.contextmanager
-def trouble_in_one_line():
-    """What can happen to a run that is not its own fault: a line that says how to go on."""
-    try:
-        yield
-    except BrokenPipeError:
-        raise
-    except KeyboardInterrupt:
-        print("stopped at once; --resume goes on from the last checkpoint, if this run has one yet")
-        sys.exit(130)
-    except OSError as error:                # a full disk, a folder that is gone
-        sys.exit(f"train.py: {error}; once that is mended, --resume goes on from the last "
-                 "checkpoint, if this run has one yet")
+def alone_in(folder: Path):
+    """For a run that uses the folder. What can happen to it that is not its own fault gets a line
+    that says how to go on."""
+    with lock(folder):
+        try:
+            yield
+        except BrokenPipeError:
+            raise
+        except KeyboardInterrupt:
+            print("stopped at once; --resume goes on from the last checkpoint, if this run has one "
+                  "yet")
+            sys.exit(130)
+        except OSError as error:                # a full disk, a folder that is gone
+            sys.exit(f"train.py: {error}; once that is mended, --resume goes on from the last "
+                     "checkpoint, if this run has one yet")
 
 
 @contextlib.contextmanager

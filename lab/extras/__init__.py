@@ -1,5 +1,6 @@
 """What the options can add to the core: one file each, which a reader can skip and a forker delete,
-together with its name in the list below.
+together with its name in the list below. With the default options only three are at work:
+`metrics`, `cold_cache`, which keeps cold starts in out/, and `interrupts`.
 
 A file has any of these:
 
@@ -12,10 +13,35 @@ A file has any of these:
     UPDATE_COLUMNS      the same for updates.csv; LAYER_COLUMNS, of which every layer has one
     ROUTING_REPLAY      names of more ways of --routing_replay
 
-With the default options nothing of these files runs but `metrics`, `cold_cache`, `interrupts`.
+An Extra may override these methods of train.Trainer:
+
+    collect(model, rng)         sample a rollout with the model -> it, with its rewards, and all
+                                responses that were sampled for it
+    advantages(rollout)         (B,) or (B, T), from rollout.rewards; before the first optimiser
+                                step, so that the model is still the one that has sampled
+    gradient(model, batch, config, loss_terms)      gspo.gradient
+    step(parameters, optimizers, max_grad_norm)     gspo.step, of the cold start and of RL
+    score(model, rollout, replay)                   gspo.score for extras, without a gradient
+    measure(learned)            the rows of updates.csv, from what gspo.update returns
+    cold_start(), evaluate(), rl_step(step), rl(), run()        the stages
+    state_dict(), load_state_dict(state)            all that is needed to go on
+
+and may add to two of its attributes in its own __init__(self, *arguments):
+
+    loss_terms      functions (batch, scores) -> a scalar, a sum over tokens that count as
+                    batch.token_weights says, such as `bonus` here. They are added to the policy
+                    loss, which is minimised:
+                        def bonus(batch, scores):
+                            entropy = (scores.entropy * batch.response_mask).sum(dim=1)
+                            return -0.01 * (entropy * batch.token_weights).sum()
+    measured        a dict {column: number} for the row of metrics.csv, new in each RL step
 """
 import importlib
 import inspect
+
+import torch
+
+import gspo
 
 # The first one is outermost: it is called first, and calls the next by super(). What encloses must
 # stand before what it encloses, and what replaces a method must stand behind all that call it.
@@ -28,8 +54,8 @@ NAMES = [
     "micro_batches",
     "rescoring",            # corrects whatever advantages there are, the penalty included
     "overlong",             # adds to the rewards that critic and relatives make advantages of
+    "other_sampler",        # one sampler for all rounds of dynamic_sampling
     "dynamic_sampling",
-    "other_sampler",
     "critic",               # replaces the advantages
     "relatives",            # replaces the advantages
     "cold_cache",           # takes the place of the cold start, but not of what follows it
@@ -38,7 +64,7 @@ EXTRAS = [importlib.import_module(f"lab.extras.{name}") for name in NAMES]
 OPTIONS = [extra.Options for extra in EXTRAS if hasattr(extra, "Options")]
 
 
-def collect(kind):
+def all_of(kind):
     """All names that the extras have under one of the headings above."""
     names = []
     for extra in EXTRAS:
@@ -46,8 +72,15 @@ def collect(kind):
     return names
 
 
-COLUMNS = {kind: collect(kind) for kind in ("COLUMNS", "UPDATE_COLUMNS", "LAYER_COLUMNS")}
-ROUTING_REPLAY = collect("ROUTING_REPLAY")
+COLUMNS = {kind: all_of(kind) for kind in ("COLUMNS", "UPDATE_COLUMNS", "LAYER_COLUMNS")}
+ROUTING_REPLAY = all_of("ROUTING_REPLAY")
+
+
+class Scorer:
+    """Stands between the extras and Trainer."""
+    @torch.no_grad()
+    def score(self, model, rollout, replay=False):
+        return gspo.score(model, rollout, self.config.temperature, replay)
 
 
 def extend(Trainer, config):
@@ -62,6 +95,6 @@ def extend(Trainer, config):
             if name in replaced_by:
                 raise ValueError(f"{replaced_by[name]} and {Extra.__module__} do not go together: "
                                  f"the {name} of the first would hide that of the second")
-            if "super" not in inspect.unwrap(method).__code__.co_names:
+            if "super()" not in inspect.getsource(method):
                 replaced_by[name] = Extra.__module__
-    return type("Trainer", (*wanted, Trainer), {})
+    return type("Trainer", (*wanted, Scorer, Trainer), {})

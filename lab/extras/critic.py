@@ -65,7 +65,7 @@ class Extra:
 
     def critic_term(self, batch, scores):
         return VALUE_COEF * value_loss(self.values(scores), batch.values, batch.returns,
-                                       batch.response_mask, batch.weights)
+                                       batch.response_mask, batch.token_weights)
 
     @torch.no_grad()
     def advantages(self, rollout):
@@ -81,8 +81,11 @@ class Extra:
         rollout.returns = advantages + rollout.values
         error = (rollout.returns - rollout.values)[mask]
         self.measured["value_error"] = error.square().mean().item()
-        std, mean = torch.std_mean(advantages[mask])
+        std, mean = self.spread(advantages[mask])
         return (advantages - mean) / (std + 1e-8)
+
+    def spread(self, advantages):
+        return torch.std_mean(advantages)
 
     def state_dict(self):
         return super().state_dict() | {"head": self.head.state_dict()}

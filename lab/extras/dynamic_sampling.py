@@ -35,7 +35,7 @@ def join(rollouts: list[Rollout]) -> Rollout:
 
 
 class Extra:
-    def collect(self, sampler, rng):
+    def collect(self, model, rng):
         """Drop groups that are all right or all wrong and sample new problems until there are P
         groups. After the last round, dropped groups of that round fill the gaps. The responses are
         all that were sampled."""
@@ -45,7 +45,7 @@ class Extra:
         all_responses = []
         missing = P
         for i in range(1, rounds + 1):
-            rollout, responses = super().collect(sampler, rng)
+            rollout, responses = super().collect(model, rng)
             all_responses += responses
             rewards = rollout.rewards.view(P, -1)                           # (P, G)
             has_signal = rewards.amax(dim=1) > rewards.amin(dim=1)          # (P,)

@@ -39,19 +39,18 @@ class Extra:
     def kl_term(self, batch, scores):
         """The tokens have the weights that they have in the objective, as in TRL and verl."""
         return self.config.kl_coef * kl_loss(scores.logp, batch.logp_ref, batch.response_mask,
-                                             batch.weights)
+                                             batch.token_weights)
 
     def gradient(self, model, batch, *arguments):
         batch.logp_ref = self.score(self.reference, batch).logp
         return super().gradient(model, batch, *arguments)
 
-    def measure(self, steps):
-        rows = super().measure(steps)
-        for row, step in zip(rows, steps):
-            batch = step.learned.batch
-            weights = gspo.mean_of_means(batch.lengths, self.config.max_new_tokens)
-            row["kl_ref"] = kl_loss(step.learned.scores.logp, batch.logp_ref, batch.response_mask,
-                                    weights).item()
+    def measure(self, learned):
+        rows = super().measure(learned)
+        for row, x in zip(rows, learned):
+            mask = x.batch.response_mask
+            row["kl_ref"] = kl_loss(x.scores.logp, x.batch.logp_ref, mask,
+                                    gspo.mean_of_means(x.batch.lengths)).item()
         return rows
 
     def cold_start(self):

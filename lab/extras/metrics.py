@@ -14,15 +14,14 @@ def wanted(config) -> bool:
 
 
 class Extra:
-    def measure(self, steps):
-        rows = super().measure(steps)
-        for row, step in zip(rows, steps):
-            batch, scores, _, clipped = step.learned
-            row |= ratio_metrics(scores.logp, batch.logp_old, batch.advantages, clipped,
-                                 batch.response_mask)
-            row |= routing_metrics(predicting(batch, batch.routes),
-                                   predicting(batch, scores.routes),
-                                   predicting(batch, scores.router_logits))
-        if steps:       # before the first one the trainer has not moved
-            rows[0] |= mismatch_metrics(steps[0].learned.batch, steps[0].learned.scores)
+    def measure(self, learned):
+        rows = super().measure(learned)
+        for row, x in zip(rows, learned):
+            row |= ratio_metrics(x.scores.logp, x.batch.logp_old, x.batch.advantages, x.clipped,
+                                 x.batch.response_mask)
+            row |= routing_metrics(predicting(x.batch, x.batch.routes),
+                                   predicting(x.batch, x.scores.routes),
+                                   predicting(x.batch, x.scores.router_logits))
+            if x.mini_batch == 0:       # the trainer has not moved yet
+                row |= mismatch_metrics(x.batch, x.scores)
         return rows

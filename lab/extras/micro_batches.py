@@ -30,12 +30,15 @@ class Extra:
     def gradient(self, model, batch, *arguments):
         if len(batch.tokens) == 0:
             return None
-        learned = [super(Extra, self).gradient(model, part, *arguments)
-                   for part in self.parts(batch)]
-        _, scores, losses, clipped = zip(*learned)
-        return Learned(batch, Scores(*map(torch.cat, zip(*scores))), sum(losses),
-                       torch.cat(clipped))
+        parts = []
+        for part in self.parts(batch):
+            parts.append(super().gradient(model, part, *arguments))
+        scores = Scores(*map(torch.cat, zip(*(part.scores for part in parts))))
+        return Learned(batch, scores, sum(part.loss for part in parts),
+                       torch.cat([part.clipped for part in parts]))
 
     def score(self, model, rollout, replay=False):
-        scores = [super(Extra, self).score(model, part, replay) for part in self.parts(rollout)]
+        scores = []
+        for part in self.parts(rollout):
+            scores.append(super().score(model, part, replay))
         return Scores(*map(torch.cat, zip(*scores)))

@@ -54,18 +54,20 @@ class Extra:
                 return model(*inputs, **options)
         return forward
 
-    def collect(self, sampler, rng):
+    def collect(self, model, rng):
         own = getattr(self.config, "sampler", "same") == "same"     # else it has its own precision
         with torch.autocast(self.device.type, getattr(torch, self.config.dtype), enabled=own):
-            return super().collect(sampler, rng)
+            return super().collect(model, rng)
 
     def score(self, model, *arguments):
         return super().score(self.in_autocast(model), *arguments)
 
     def gradient(self, model, batch, *arguments):
-        batch.weights = batch.weights * self.scale      # of the policy loss and of all other terms
+        batch.token_weights = batch.token_weights * self.scale      # in all terms of the loss
         learned = super().gradient(self.in_autocast(model), batch, *arguments)
-        return learned and learned._replace(loss=learned.loss / self.scale)
+        if learned:
+            learned.loss /= self.scale
+        return learned
 
     def step(self, parameters, optimizers, max_grad_norm):
         if optimizers != [self.optimizer] or self.config.dtype != "float16":    # the cold start

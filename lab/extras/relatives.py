@@ -48,18 +48,14 @@ def reinforce(logs: LogRatios, A: Tensor, low: None, high: None) -> tuple[Tensor
     return logs.logp * A, torch.zeros_like(logs.mask)
 
 
-# How much each token counts: lengths (B,), the longest there can be -> weights (B,). verl's names.
+# How much each token counts: lengths (B,) -> token weights (B,). The names are verl's.
 
-def token_mean(lengths: Tensor, longest: int) -> Tensor:
+def token_mean(lengths: Tensor) -> Tensor:
     return torch.ones_like(lengths) / lengths.sum()     # 1/(sum_i |y_i|) sum_i sum_t
 
 
-def seq_mean_token_sum(lengths: Tensor, longest: int) -> Tensor:
+def seq_mean_token_sum(lengths: Tensor) -> Tensor:
     return torch.ones_like(lengths) / len(lengths)      # 1/B sum_i sum_t
-
-
-def seq_mean_token_sum_norm(lengths: Tensor, longest: int) -> Tensor:
-    return torch.ones_like(lengths) / (len(lengths) * longest)      # 1/(B longest) sum_i sum_t
 
 
 # A clip range is that of the cited paper unless a comment says otherwise. It bounds s for luspo,
@@ -68,15 +64,16 @@ ALGORITHMS |= {
     # GSPO for advantages per token; with one per response it equals gspo in value and gradient.
     "gspo_token": Algorithm(gspo_token, ALGORITHMS["gspo"].clip_range),             # 2507.18071
     # No std and no 1/|y|: it argues that both are biases, to easy or hard questions and to length.
-    "dr_grpo": Algorithm(grpo, (0.2, 0.2), seq_mean_token_sum_norm),                # 2503.20783
+    # Divided by a constant instead, the longest response there can be: see Extra.
+    "dr_grpo": Algorithm(grpo, (0.2, 0.2), token_weights=seq_mean_token_sum),       # 2503.20783
     # More room upwards, for rare tokens; long responses count more.
-    "dapo": Algorithm(grpo, (0.2, 0.28), token_mean),                               # 2503.14476
+    "dapo": Algorithm(grpo, (0.2, 0.28), token_weights=token_mean),               # 2503.14476
     # Weights from 0 to 5: no lower bound, as in the paper; the upper one is what TRL recommends.
-    "cispo": Algorithm(cispo, (1.0, 4.0), token_mean),                              # 2506.13585
+    "cispo": Algorithm(cispo, (1.0, 4.0), token_weights=token_mean),              # 2506.13585
     "gmpo": Algorithm(gmpo, (0.4, 0.4), per_token=False),                           # 2507.20673
     "sapo": Algorithm(sapo, (None, None)),                                          # 2511.20347
     # GSPO times |y|: it argues that GSPO's 1/|y| makes responses shrink.
-    "luspo": Algorithm(gspo, (2e-3, 2.5e-3), seq_mean_token_sum, per_token=False),  # 2602.05261
+    "luspo": Algorithm(gspo, (2e-3, 2.5e-3), False, seq_mean_token_sum),  # 2602.05261
     "reinforce": Algorithm(reinforce, (None, None)),
 }
 WITHOUT_STD = ("dr_grpo", "reinforce")
@@ -99,4 +96,7 @@ class Extra:
     def advantages(self, rollout):
         rewards = rollout.rewards.view(-1, self.config.group_size)         # (P, G)
         advantages = rewards - rewards.mean(dim=1, keepdim=True)
-        return torch.where(group_advantages(rewards) != 0, advantages, 0.0).flatten()
+        advantages = torch.where(group_advantages(rewards) != 0, advantages, 0.0).flatten()
+        if self.config.algorithm == "dr_grpo":
+            advantages = advantages / self.config.max_new_tokens
+        return advantages

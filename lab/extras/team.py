@@ -1,6 +1,6 @@
 """Many processes: torchrun --nproc_per_node=2 train.py. Each has the whole model, and its share of
 the demonstrations and groups. Gradients are averaged before every step, so that all models stay
-equal; logged numbers are averaged too. Process 0 evaluates, prints and leaves files."""
+equal; logged numbers are averaged too. Process 0 prints and leaves files."""
 import dataclasses
 import itertools
 import os
@@ -13,38 +13,38 @@ import torch
 import torch.distributed as dist
 
 import gspo
+from lab.report import mean_row
 
 
 def wanted(config) -> bool:
     n_processes = int(os.environ.get("WORLD_SIZE", 1))
     if config.prompts % n_processes or config.cold_tokens % n_processes:
         raise ValueError(f"prompts and cold_tokens must be multiples of {n_processes} processes")
+    if config.mini_batches * n_processes > config.prompts:
+        raise ValueError(f"mini_batches is {config.mini_batches}, but each process has only "
+                         f"{config.prompts // n_processes} groups")
     return n_processes > 1
-
-
-def mean(dicts: list[dict]) -> dict:
-    """The mean of each entry, a number or a list of numbers, over the processes that have it."""
-    result = {}
-    for name in set(itertools.chain(*dicts)):
-        values = [d[name] for d in dicts if name in d]
-        result[name] = torch.tensor(values, dtype=torch.float64).mean(dim=0).tolist()
-    return result
 
 
 class Extra:
     def __init__(self, config, task):
-        on_gpu = torch.cuda.is_available() and config.device in ("auto", "cuda")
-        if on_gpu:
+        if torch.cuda.is_available() and config.device in ("auto", "cuda"):
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl" if on_gpu else "gloo")
+        dist.init_process_group()
         self.rank = dist.get_rank()
-        self.team_size = dist.get_world_size()
+        self.n = dist.get_world_size()
         whole = {"prompts": config.prompts, "cold_tokens": config.cold_tokens}
-        share = {name: number // self.team_size for name, number in whole.items()}
+        share = {name: number // self.n for name, number in whole.items()}
         super().__init__(dataclasses.replace(config, **share), task)
         self.options |= whole
-        self.share_weights(config.algorithm)
-        self.demonstrations = itertools.islice(self.demonstrations, self.rank, None, self.team_size)
+        self.demonstrations = itertools.islice(self.demonstrations, self.rank, None, self.n)
+        entry = gspo.ALGORITHMS[config.algorithm]
+
+        def token_weights(lengths):
+            """As if one process had the rows of all; times n, because gradients are averaged."""
+            of_all = lengths.new_tensor(self.gather(lengths.tolist()))      # (n, rows)
+            return entry.token_weights(of_all.flatten()).view_as(of_all)[self.rank] * self.n
+        gspo.ALGORITHMS[config.algorithm] = entry._replace(token_weights=token_weights)
         if self.rank:
             sys.stdout = open(os.devnull, "w")
             self.temporary = tempfile.TemporaryDirectory()      # as long as this process lives
@@ -52,25 +52,12 @@ class Extra:
 
     def gather(self, mine) -> list:
         """What each process has, process 0 first."""
-        received = [None] * self.team_size
+        received = [None] * self.n
         dist.all_gather_object(received, mine)
         return received
 
-    def share_weights(self, algorithm):
-        """Tokens weigh what they would if one process had the rows of all, times the number of
-        processes, because gradients are averaged."""
-        row = gspo.ALGORITHMS[algorithm]
-
-        def weights(lengths, longest):
-            everybody = self.gather(lengths.tolist())
-            all_lengths = lengths.new_tensor(sum(everybody, []))
-            all_weights = row.weights(all_lengths, longest) * self.team_size
-            return all_weights.split([len(theirs) for theirs in everybody])[self.rank]
-        gspo.ALGORITHMS[algorithm] = row._replace(weights=weights)
-
-    def collect(self, sampler, rng):
-        """A rollout of this process, and the responses of all."""
-        rollout, mine = super().collect(sampler, random.Random(f"{rng.random()} {self.rank}"))
+    def collect(self, model, rng):
+        rollout, mine = super().collect(model, random.Random(f"{rng.random()} {self.rank}"))
         return rollout, sum(self.gather(mine), [])
 
     def gradient(self, model, batch, *arguments):
@@ -81,24 +68,19 @@ class Extra:
         return None
 
     def step(self, parameters, optimizers, max_grad_norm):
-        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-        flat = torch.cat([gradient.flatten() for gradient in gradients])
-        dist.all_reduce(flat)
-        parts = (flat / self.team_size).split([p.numel() for p in parameters])
-        for p, part in zip(parameters, parts):
-            p.grad = part.view_as(p)
+        for p in parameters:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            dist.all_reduce(p.grad)
+            p.grad /= self.n
         return super().step(parameters, optimizers, max_grad_norm)
 
-    def measure(self, steps):
-        """A process that had nothing to learn in a step has nothing to say of it."""
-        mine = super().measure([step for step in steps if step.learned.scores is not None])
+    def measure(self, learned):
+        mine = super().measure([x for x in learned if x.scores is not None])
         row_of = {row["mini_batch"]: row for row in mine}
-        rows = [row_of.get(step.mini_batch, {}) for step in steps]
-        self.measured = mean(self.gather(self.measured))
-        return [mean(row_of_each) for row_of_each in zip(*self.gather(rows))]
-
-    def evaluate(self):
-        return self.gather(super().evaluate() if self.rank == 0 else None)[0]
+        rows = [row_of.get(x.mini_batch, {"loss": 0.0}) for x in learned]
+        self.measured = mean_row(self.gather(self.measured))
+        return [mean_row(of_each) | {"mini_batch": x.mini_batch}
+                for x, *of_each in zip(learned, *self.gather(rows))]
 
     def run(self):
         try:
@@ -106,10 +88,10 @@ class Extra:
         except RuntimeError as error:
             if "onnection" not in str(error):
                 raise
-            sys.exit(f"train.py: another process is gone ({str(error).splitlines()[0]}); --resume "
-                     "goes on from the last checkpoint, if this run has one yet")
+            sys.exit("train.py: another process is gone; --resume goes on from the last "
+                     "checkpoint, if this run has one yet")
 
-    # One decision of all, for interrupts and cold_cache:
+    # What all do together, for interrupts, cold_cache and critic:
     def must_stop(self):
         return any(self.gather(super().must_stop()))
 
@@ -119,6 +101,5 @@ class Extra:
     def cached(self, path):
         return all(self.gather(super().cached(path)))
 
-    def keep(self, path):
-        if self.rank == 0:
-            super().keep(path)
+    def spread(self, advantages):
+        return super().spread(torch.cat(self.gather(advantages.cpu())))
