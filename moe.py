@@ -89,11 +89,18 @@ def at_least_fp32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def turns_at(positions: Tensor, config: MoEConfig) -> Tensor:
+    """How rotary positions (2104.09864) turn a head: for the positions (N,) of tokens, the complex
+    numbers of length 1 (N, 1, C/2) to multiply it with. In fp32, whatever the weights are in."""
+    C = config.d_model // config.n_head
+    frequency = config.rope_theta ** (-torch.arange(0, C, 2, device=positions.device) / C)
+    angle = positions[:, None, None] * frequency                        # (N, 1, C/2)
+    return torch.polar(torch.ones_like(angle), angle)
+
+
 def rotate(x: Tensor, turns: Tensor) -> Tensor:
-    """Rotary positions (2104.09864): read each pair of neighbours in x (N, heads, C) as a complex
-    number and turn it, by multiplying with a number of length 1, `turns` (N, 1, C/2), that belongs
-    to the position of its token. (The released Qwen3 pairs numbers half a head apart: the same
-    model, with q and k in another order.)"""
+    """Read each pair of neighbours in x (N, heads, C) as a complex number and turn it. (The released
+    Qwen3 pairs numbers half a head apart: the same model, with q and k in another order.)"""
     pairs = torch.view_as_complex(at_least_fp32(x).unflatten(-1, (-1, 2)))      # (N, heads, C/2)
     return torch.view_as_real(pairs * turns).flatten(-2).to(x.dtype)
 
@@ -222,12 +229,6 @@ class MoETransformer(nn.Module):
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.n_layer))
         self.norm = nn.RMSNorm(config.d_model, config.norm_eps)
         self.unembed = nn.Linear(config.d_model, config.vocab_size, bias=False)
-        C = config.d_model // config.n_head
-        frequency = config.rope_theta ** (-torch.arange(0, C, 2) / C)   # (C/2,)
-        angle = torch.arange(config.max_length)[:, None] * frequency    # (max_length, C/2)
-        # Complex numbers of fp32, which model.bfloat16() leaves alone: positions stay exact.
-        turns = torch.polar(torch.ones_like(angle), angle)
-        self.register_buffer("turns", turns, persistent=False)
         for parameter in self.parameters():
             if parameter.dim() > 1:         # 1/sqrt(inputs): outputs are as large as inputs
                 nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
@@ -256,7 +257,7 @@ class MoETransformer(nn.Module):
         x = self.embed(unpad(tokens, cells))                            # (N, D)
         # The first real token of a row has position 0, however much padding stands before it.
         positions = (all_mask.cumsum(dim=1) - 1)[:, -new:]              # (B, new)
-        turns = self.turns[unpad(positions, cells)][:, None]            # (N, 1, C/2)
+        turns = turns_at(unpad(positions, cells), self.config)          # (N, 1, C/2)
         column = torch.arange(S, device=tokens.device)                  # (S,)
         own = column[-new:, None]                                       # (new, 1)
         # A column sees the real tokens up to its own. Padding sees itself: no softmax is empty.
@@ -365,12 +366,18 @@ def lay_out(prompts: list[list[int]], responses: list[list[int]], pad_id: int,
     return Rollout(torch.tensor(tokens, device=device), torch.tensor(mask, device=device), W)
 
 
-def check_prompts(prompts: list[list[int]], vocab_size: int):
-    """ValueError for a prompt that is empty, or has ids that the model does not know."""
+def check_request(config: MoEConfig, prompts: list[list[int]], max_new_tokens: int,
+                  temperature: float):
+    """ValueError, naming what is wrong, for a request that `generate` cannot serve."""
     for prompt in prompts:
-        if not prompt or min(prompt) < 0 or max(prompt) >= vocab_size:
+        if not prompt or min(prompt) < 0 or max(prompt) >= config.vocab_size:
             raise ValueError(f"a prompt is {prompt}; it must be one or more token ids from 0 to "
-                             f"{vocab_size - 1}")
+                             f"{config.vocab_size - 1}")
+    if max_new_tokens < 1 or temperature < 0:
+        raise ValueError(f"{max_new_tokens=} must be at least 1, {temperature=} at least 0")
+    columns = max(map(len, prompts)) + max_new_tokens
+    if columns > config.max_length:
+        raise ValueError(f"prompt + max_new_tokens = {columns} > max_length = {config.max_length}")
 
 
 def choose(logits: Tensor, temperature: float, uniform: Tensor) -> tuple[Tensor, Tensor]:
@@ -396,7 +403,7 @@ def generate(model: MoETransformer, prompts: list[list[int]], group_size: int, m
 
     A response ends with `eos_id`, or is truncated after `max_new_tokens`. `choose` explains the
     temperature and `uniform` (B, max_new_tokens). No top-k, no top-p: the trainer scores all."""
-    check_prompts(prompts, model.config.vocab_size)
+    check_request(model.config, prompts, max_new_tokens, temperature)
     device = model.embed.weight.device
     # 1 Prefill: each prompt goes through the model once.
     start = lay_out(prompts, [[]] * len(prompts), pad_id, device, room=max_new_tokens)      # P rows

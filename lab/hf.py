@@ -11,9 +11,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-import train
+from data import tasks
+from data.tokenizer import Tokenizer
+from lab import runs
 from moe import MoEConfig, MoETransformer
 
+MAX_PROMPT = 64     # tokens; as in train.py, which lab/ does not import
 # The fields of MoEConfig, and what `transformers` calls them.
 SIZES = {
     "vocab_size": "vocab_size",
@@ -176,18 +179,29 @@ def tokenizer_for(tokens: list[str]):
                                    padding_side="left", clean_up_tokenization_spaces=False)
 
 
+def last_checkpoint(run_folder: Path) -> tuple[MoETransformer, Tokenizer, int]:
+    """The model of a run's last checkpoint, its tokenizer, and its --max_new_tokens."""
+    state = runs.load(run_folder / "checkpoint.pt", "name a folder that has a run")
+    options = state["options"]
+    tokenizer = Tokenizer(tasks.vocabulary(options["task"]))
+    sizes = {name: options[name] for name in SIZES if name in options}
+    model = MoETransformer(MoEConfig(
+        len(tokenizer.tokens), max_length=MAX_PROMPT + options["max_new_tokens"], **sizes))
+    model.load_state_dict(state["model"])
+    return model, tokenizer, options["max_new_tokens"]
+
+
 def to_folder(run_folder: str, folder: str):
     """Write the model of a run's last checkpoint as `transformers` does."""
     from transformers import GenerationConfig, Qwen3MoeConfig, Qwen3MoeForCausalLM
-    config, task, _, state = train.parse(["--eval_only", "--out", run_folder])
-    run = train.build(config, task, state)
-    ends = {"eos_token_id": run.tokenizer.eos_id, "pad_token_id": run.tokenizer.pad_id}
-    their_config, weights = to_hf(run.model)
+    ours, tokenizer, max_new_tokens = last_checkpoint(Path(run_folder))
+    ends = {"eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
+    their_config, weights = to_hf(ours)
     model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**their_config, **ends))
     model.load_state_dict(weights)
-    model.generation_config = GenerationConfig(max_new_tokens=config.max_new_tokens, **ends)
+    model.generation_config = GenerationConfig(max_new_tokens=max_new_tokens, **ends)
     model.save_pretrained(folder)
-    tokenizer_for(run.tokenizer.tokens).save_pretrained(folder)
+    tokenizer_for(tokenizer.tokens).save_pretrained(folder)
 
 
 def from_folder(folder: str) -> MoETransformer:

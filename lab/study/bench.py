@@ -1,9 +1,9 @@
 """How fast sampling, an optimiser step and a whole RL step are, with random weights.
 
-    python -m lab.bench                     ours alone, some minutes
-    python -m lab.bench --peers             beside transformers and TRL: pip install trl
-    python -m lab.bench --peers --small     tiny sizes, to see that it runs
-    python -m lab.bench --device cuda       ours alone, on a GPU
+    python -m lab.study.bench                   ours alone, some minutes
+    python -m lab.study.bench --peers           beside transformers and TRL: lab/requirements.txt
+    python -m lab.study.bench --peers --small   tiny sizes, to see that it runs
+    python -m lab.study.bench --device cuda     ours alone, on a GPU
 
 The model has 4 layers of width 128, 4 heads (2 for keys and values), 8 experts of width 256 (2
 active) and 272 tokens. Prompts have 12 tokens, and no response ends early. The sides of a
@@ -43,9 +43,11 @@ import torch
 
 import gspo
 import moe
+import train
 from lab import hf
-from lab.experiments import machine, shell
-from lab.report import peak_memory_mib
+from lab.extras import metrics
+from lab.report import peak_memory_mib, update_metrics
+from lab.study.experiments import machine, shell
 
 PROMPT = 12             # tokens
 NEW = 32                # tokens of a response ...
@@ -53,7 +55,8 @@ COLUMNS = 64            # ... but in the update alone, where prompt and response
 GROUP = 8
 STEPS = 4               # optimiser steps in an RL step
 VOCABULARY = 272
-SETTINGS = gspo.Settings(mini_batches=STEPS)
+CONFIG = train.RLOptions(group_size=GROUP, mini_batches=STEPS)
+CLIP_LOW, CLIP_HIGH = gspo.ALGORITHMS["gspo"].clip_range
 
 
 class Sizes(NamedTuple):
@@ -211,16 +214,25 @@ def our_sampling(model, n, new=NEW):
     return moe.generate(model, prompts_for(n), GROUP, new)
 
 
-def our_update(model, optimizer, rollout, advantages, mini_batches):
-    settings = replace(SETTINGS, mini_batches=mini_batches)
-    gspo.update(model, optimizer, gspo.Experience(rollout, advantages), settings)
+class OfCore:
+    def measure(self, steps):
+        return update_metrics(steps)
+
+
+class OfRun(metrics.Extra, OfCore):
+    """What a run measures in every optimiser step."""
+
+
+def our_update(model, optimizer, rollout, mini_batches):
+    config = replace(CONFIG, mini_batches=mini_batches)
+    OfRun().measure(gspo.update(model, optimizer, rollout, config))
 
 
 def our_rl_step(model, optimizer, n):
     rollout = our_sampling(model, n)
     rewards = rollout.response.sum(dim=1) % 2                   # is the sum of the ids odd?
-    advantages = gspo.group_advantages(rewards.float().view(-1, GROUP)).flatten()
-    our_update(model, optimizer, rollout, advantages, STEPS)
+    rollout.advantages = gspo.group_advantages(rewards.float().view(-1, GROUP)).flatten()
+    our_update(model, optimizer, rollout, STEPS)
 
 
 # ---------------------------------------------------------------------------- transformers
@@ -252,20 +264,20 @@ def their_sampling(theirs, n, experts, repeated):
                     num_return_sequences=1 if repeated else GROUP, pad_token_id=0)
 
 
-def their_update(theirs, optimizer, rollout, advantages, experts, micro):
+def their_update(theirs, optimizer, rollout, experts, micro):
     """One optimiser step on Eq. 5, `micro` rows at a time."""
     theirs.set_experts_implementation(experts)
     optimizer.zero_grad()
-    B, T = rollout.logp.shape
+    B, T = rollout.logp_old.shape
     for rows in torch.arange(B).split(micro):
         part = rollout.select(rows)
         logits = theirs(part.tokens, use_cache=False, logits_to_keep=T + 1).logits
         log_probs = logits[:, :-1].log_softmax(dim=-1)
         logp = log_probs.gather(2, part.response[..., None])[..., 0]
-        objective = gspo.gspo_objective(logp, part.logp, advantages[rows], part.response_mask,
-                                        SETTINGS.clip_low, SETTINGS.clip_high)
-        (-objective * len(rows) / B).backward()
-    torch.nn.utils.clip_grad_norm_(theirs.parameters(), SETTINGS.max_grad_norm)
+        loss, _ = gspo.policy_loss("gspo", logp, part.logp_old, part.advantages,
+                                   part.response_mask)
+        (loss * len(rows) / B).backward()
+    torch.nn.utils.clip_grad_norm_(theirs.parameters(), CONFIG.max_grad_norm)
     optimizer.step()
 
 
@@ -285,8 +297,8 @@ def trl_config(folder, n, max_steps, micro):
         folder, max_steps=max_steps, num_generations=GROUP, max_completion_length=NEW,
         gradient_accumulation_steps=parts, steps_per_generation=STEPS * parts,
         generation_kwargs={"min_new_tokens": NEW}, importance_sampling_level="sequence",
-        loss_type="grpo", beta=0.0, epsilon=SETTINGS.clip_low, epsilon_high=SETTINGS.clip_high,
-        seed=0, use_cpu=True, save_strategy="no", report_to="none", disable_tqdm=True, **tuned)
+        loss_type="grpo", beta=0.0, epsilon=CLIP_LOW, epsilon_high=CLIP_HIGH, seed=0,
+        use_cpu=True, save_strategy="no", report_to="none", disable_tqdm=True, **tuned)
 
 
 def trl_tokenizer(words):
@@ -365,11 +377,11 @@ def compare_updates(bench, model, theirs):
     rows = bench.sizes.rows
     flop = update_flop(model.config, rows, COLUMNS)
     rollout = our_sampling(model, rows, COLUMNS - PROMPT)
-    advantages = torch.randn(rows)
-    ours = partial(our_update, model, new_optimizer(model), rollout, advantages, 1)
+    rollout.advantages = torch.randn(rows)
+    ours = partial(our_update, model, new_optimizer(model), rollout, 1)
     sides = [Side("ours", bench.threads, flop, ours)]
     if theirs:
-        update = partial(their_update, theirs, new_optimizer(theirs), rollout, advantages)
+        update = partial(their_update, theirs, new_optimizer(theirs), rollout)
         best = bench.fastest(
             "transformers, update",
             product(("grouped_mm", "eager"), (rows // 8, rows // 4, rows // 2, rows)),
@@ -402,7 +414,7 @@ def compare_rl_steps(bench, model, with_trl):
 
 
 def parse_options():
-    parser = argparse.ArgumentParser(prog="python -m lab.bench", allow_abbrev=False,
+    parser = argparse.ArgumentParser(prog="python -m lab.study.bench", allow_abbrev=False,
                                      description=__doc__.partition("\n")[0])
     parser.add_argument("--peers", action="store_true", help="also transformers and TRL")
     parser.add_argument("--repeats", type=int, default=5)

@@ -1,9 +1,9 @@
-"""Run the settings and experiments of lab/plan.py, with several seeds.
+"""Run the settings and experiments of plan.py, with several seeds.
 
-    python -m lab.experiments                  how many runs of each are missing
-    python -m lab.experiments NAME ...         run what is missing of these; `all`: of all
-    python -m lab.experiments --table          print the tables and the comparisons
-    python -m lab.experiments --draw           draw all figures, from the tables alone
+    python -m lab.study.experiments                  how many runs of each are missing
+    python -m lab.study.experiments NAME ...         run what is missing of these; `all`: of all
+    python -m lab.study.experiments --table          print the tables and the comparisons
+    python -m lab.study.experiments --draw           draw all figures, from the tables alone
 
 A run of a setting takes up to 17 minutes. It adds a row to results/runs.csv, and its held-out
 evaluations to evaluations.csv. A run of an experiment adds a row to evidence.csv, and its held-out
@@ -21,10 +21,10 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from lab import figures, tables
-from lab.plan import (COMPARED, CURVES, EVALUATIONS, EVIDENCE, EXPERIMENTS, RUNS, SETTINGS, command,
-                      folder_of, mean_of, read)
 from lab.report import clock, read_table
+from lab.study import figures, tables
+from lab.study.plan import (COMPARED, CURVES, EVALUATIONS, EVIDENCE, EXPERIMENTS, RUNS, SETTINGS,
+                            command, folder_of, mean_of, read)
 
 # Means of metrics.csv over the RL steps, and of updates.csv over the mini-batches after a step's
 # first one, in which nothing has moved yet.

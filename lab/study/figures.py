@@ -1,12 +1,12 @@
-"""The figures of what lab/experiments.py and lab/scatter.py left, drawn from the tables of results/
+"""The figures of what experiments.py and scatter.py left, drawn from the tables of results/
 alone."""
 import math
 import statistics
 
 import gspo
-from lab.plan import (BEST, CURVES, EVALUATIONS, EVIDENCE, METHODS, MIXED, RANGES, RATES, REGIMES,
-                      RESULTS, SCATTER, SCATTER_LENGTHS, SIGMAS, mean_of, read)
-from lab.tables import bootstrap, endings, search_score
+from lab.study.plan import (BEST, CURVES, EVALUATIONS, EVIDENCE, METHODS, MIXED, RANGES, RATES,
+                            REGIMES, RESULTS, SCATTER, SCATTER_LENGTHS, SIGMAS, mean_of, read)
+from lab.study.tables import bootstrap, endings, search_score
 
 # Colour, line and marker of each method. Two in one panel differ in grey too.
 STYLES = {
@@ -234,7 +234,7 @@ def clip_range(row):
     """The clip range (low, high) of a row of EVIDENCE."""
     words = row["command"].split()
     if "--clip_low" not in words:
-        return gspo.ALGORITHMS[words[words.index("--algorithm") + 1]].clip
+        return gspo.ALGORITHMS[words[words.index("--algorithm") + 1]].clip_range
     return tuple(float(words[words.index(option) + 1]) for option in ("--clip_low", "--clip_high"))
 
 

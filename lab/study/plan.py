@@ -1,6 +1,6 @@
 """Which runs there are: SETTINGS, one after another and with two threads, because their times are
-reported, and EXPERIMENTS, two at a time and of one thread each. lab/experiments.py runs them,
-lab/tables.py and lab/figures.py show what they left.
+reported, and EXPERIMENTS, two at a time and of one thread each. experiments.py runs them, tables.py
+and figures.py show what they left.
 
 The arms of an experiment share one cold start for each seed and get the same problems (--queries
 uniform), so they can be compared in pairs. So do settings with the same model, task and cold-start
@@ -13,7 +13,7 @@ from typing import Iterable, NamedTuple
 
 from lab.report import read_table
 
-RESULTS = Path(__file__).parent.parent / "results"
+RESULTS = Path(__file__).parent.parent.parent / "results"
 
 
 def read(path):
@@ -100,7 +100,7 @@ GSPO = "--algorithm gspo"
 GRPO = "--algorithm grpo"
 WIDE = f"{GSPO} --clip_low 3e-2 --clip_high 4e-2"       # ten times the default
 METHODS = {"gspo": GSPO, "grpo": GRPO, "grpo, r3": f"{GRPO} --routing_replay r3"}
-# What is one half of GSPO and one half of GRPO: see lab/instruments.py.
+# What is one half of GSPO and one half of GRPO: see instruments.py.
 MIXED = {name: f"--algorithm {name}" for name in ("gspo_clip_grpo_weight", "grpo_clip_gspo_weight")}
 # GSPO and GRPO without 1/|y|: every token counts the same, that of a long response too.
 TOKEN_MEAN = {name: f"--algorithm {name}" for name in ("gspo_token_mean", "grpo_token_mean")}
@@ -165,8 +165,8 @@ EXPERIMENTS["stale-searched"] = Experiment(
     "like stale, each with the best learning rate and clip range of the search",
     f"{COUNTDOWN} {HUNDRED} {STALE}", BEST, range(5))
 
-# Noise of spread sigma on the token ratios, see lab/instruments.py. REINFORCE reads no stored
-# log-prob, so that noise changes nothing for it.
+# Noise of spread sigma on the token ratios, see instruments.py. REINFORCE reads no stored log-prob,
+# so that noise changes nothing for it.
 SIGMAS = ("1", "2", "4")
 NOISE = {"reinforce, noise 0": f"--noise 0 {REINFORCE}"}
 for name in ("gspo", "grpo"):
@@ -223,7 +223,8 @@ def command(name, arm, seed):
     experiment = EXPERIMENTS[name]
     words = f"{experiment.options} {experiment.arms[arm]} --threads 1 --seed {seed}".split()
     not_in_train = {"--noise", "--common_noise", "grpo_dual_clip", *MIXED, *TOKEN_MEAN}
-    return ["-m", "lab.instruments", *words] if not_in_train & {*words} else ["train.py", *words]
+    program = ["-m", "lab.study.instruments"] if not_in_train & {*words} else ["train.py"]
+    return [*program, *words]
 
 
 def folder_of(kind, *words):
@@ -232,7 +233,7 @@ def folder_of(kind, *words):
     return Path("out") / kind / name.replace(",", "").replace(" ", "-")
 
 
-# ---------------------------------------------------------------------------- lab/scatter.py
+# ---------------------------------------------------------------------------- scatter.py
 
 SCATTER = RESULTS / "scatter.csv"           # a row for each regime and seed
 SCATTER_LENGTHS = RESULTS / "scatter-lengths.csv"

@@ -1,7 +1,7 @@
 """How token ratios scatter, and what of it comes from the router.
 
-    python -m lab.scatter        measure what is missing: a row in results/scatter.csv for each
-                                 regime of lab/plan.py and seed, rows in scatter-lengths.csv
+    python -m lab.study.scatter    measure what is missing: a row in results/scatter.csv for each
+                                   regime of plan.py and seed, rows in scatter-lengths.csv
 
 A short run is made for each regime and seed, two at a time. Then its sampler writes two more
 rollouts. All optimiser steps but the last are made on the first one. The second one, which is not
@@ -20,9 +20,13 @@ from torch import Tensor
 
 import gspo
 import train
-from data.queries import Queries
-from lab import experiments
-from lab.plan import REGIMES, SCATTER, SCATTER_LENGTHS, folder_of, read
+from gspo import Scores
+from lab import command_line, extras
+from lab.inspection import first
+from lab.measures import expert_change, predicting
+from lab.study import experiments
+from lab.study.plan import REGIMES, SCATTER, SCATTER_LENGTHS, folder_of, read
+from moe import Rollout
 
 STEPS_BEFORE = 20   # RL steps of a run before the measurement
 SEEDS = range(5)
@@ -71,41 +75,47 @@ def of_changed_tokens(changed: Tensor, log_w: Tensor, replayed: Tensor) -> dict[
             "log_w_std_unchanged": log_w[~changed].std(correction=0).item()}
 
 
-def after_update(folder: Path):
+def trainer_of(folder: Path) -> train.Trainer:
+    """A trainer that goes on from the last checkpoint of a run."""
+    words = ["--eval_only", "--out", str(folder)]
+    config, task, _, state = command_line.parse(words, train.Config, train.OPTION_GROUPS, "")
+    trainer = extras.extend(train.Trainer, config)(config, task)
+    trainer.load_state_dict(state)
+    return trainer
+
+
+def after_update(folder: Path) -> tuple[Rollout, Scores, Scores]:
     """Go on from the last checkpoint of a run, as the module's docstring says -> the rollout as it
-    was sampled, and twice as the trainer scores it after the update: with its own experts, and with
-    the old ones."""
-    config, task, _, state = train.parse(["--eval_only", "--out", str(folder)])
-    run = train.build(config, task, state)
-    settings = config.settings()
-    learner = train.new_learner(run, state)
-    queries = Queries(task, config.queries == "adaptive", state["success_rates"])
-    rng = random.Random(f"{config.seed} rl {state['step'] + 1}")
-    sampler = train.sampling_model(run, learner)
-    samples = train.sample_and_reward(run, sampler, queries, rng)
-    rollout = train.sample_and_reward(run, sampler, queries, rng).rollout
-    rewards = samples.rewards.to(rollout.logp.device)
-    experience, _ = gspo.prepare(run.model, samples.rollout, rewards, settings)
-    gspo.update(run.model, learner.optimizer, experience, settings,
-                first=settings.mini_batches * settings.epochs - 1)
-    now, _ = gspo.rescore(run.model, rollout, settings)
-    replayed, _ = gspo.rescore(run.model, rollout, settings, replay=True)
-    return rollout, now, replayed
+    was sampled, and its scores after the update: with the trainer's own experts, and with the old
+    ones."""
+    trainer = trainer_of(folder)
+    config = trainer.config
+    rng = random.Random(f"{config.seed} rl {trainer.progress['step'] + 1}")
+    trained_on, _ = trainer.collect(trainer.model, rng)
+    # By another trainer, because with --lag each rollout of one has newer weights.
+    other = trainer_of(folder)
+    rollout, _ = other.collect(other.model, rng)
+    trained_on.advantages = trainer.advantages(trained_on)
+    all_but_last = first(config.mini_batches * config.epochs - 1, trainer.gradient)
+    gspo.update(trainer.model, trainer.optimizer, trained_on, config, trainer.loss_terms,
+                all_but_last, trainer.step)
+    return (rollout, trainer.score(trainer.model, rollout),
+            trainer.score(trainer.model, rollout, replay=True))
 
 
 def measure_scatter(folder: Path) -> tuple[dict, list[dict]]:
     """-> the columns of a row of SCATTER, and of rows of SCATTER_LENGTHS."""
     rollout, now, replayed = after_update(folder)
     mask = rollout.response_mask                                            # (B, T)
-    log_w = now.logp - rollout.logp                                         # (B, T)
-    log_w_replayed = replayed.logp - rollout.logp
+    log_w = now.logp - rollout.logp_old                                     # (B, T)
+    log_w_replayed = replayed.logp - rollout.logp_old
     parts = {"": log_w, "_replayed": log_w_replayed, "_routing": log_w - log_w_replayed}
     row = {"responses": len(mask), "length": rollout.lengths.float().mean().item()}
     for part, x in parts.items():
         row |= {f"{column}{part}": value for column, value in spreads(x, mask).items()}
-    old_routes = rollout.predicting(rollout.routes)[:, mask]                # (L, N, K)
-    new_routes = rollout.predicting(now.routes)[:, mask]
-    for layer, share in enumerate(gspo.expert_change(old_routes, new_routes).tolist()):
+    old_routes = predicting(rollout, rollout.routes)                        # (L, N, K)
+    new_routes = predicting(rollout, now.routes)
+    for layer, share in enumerate(expert_change(old_routes, new_routes).tolist()):
         row[f"expert_change_{layer}"] = share
     same = old_routes.sort().values == new_routes.sort().values             # (L, N, K)
     changed = ~same.all(dim=2).all(dim=0)                                   # (N,)

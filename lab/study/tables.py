@@ -1,12 +1,12 @@
-"""The tables and comparisons of what lab/experiments.py and lab/scatter.py left, made from the
-tables of results/ alone. The last accuracy of a run counts, not the best. A run has collapsed if it
-ends below the accuracy of its cold start."""
+"""The tables and comparisons of what experiments.py and scatter.py left, made from the tables of
+results/ alone. The last accuracy of a run counts, not the best. A run has collapsed if it ends
+below the accuracy of its cold start."""
 import itertools
 import statistics
 from typing import NamedTuple
 
-from lab.plan import (BEST, COMPARED, CURVES, EVIDENCE, EXPERIMENTS, MIXED, RANGES, RATES, RUNS,
-                      SCATTER, SIGMAS, mean_of, read)
+from lab.study.plan import (BEST, COMPARED, CURVES, EVIDENCE, EXPERIMENTS, MIXED, RANGES, RATES,
+                            RUNS, SCATTER, SIGMAS, mean_of, read)
 
 
 def endings(name, arm, column="accuracy"):

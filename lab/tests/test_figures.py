@@ -1,5 +1,5 @@
-"""What lab/tables.py, lab/figures.py, lab/scatter.py and lab/experiments.py compute, beside numbers
-worked out by hand and slow loops, and the runs that lab/plan.py lists."""
+"""What tables.py, figures.py, scatter.py and experiments.py in lab/study/ compute, beside numbers
+worked out by hand and slow loops, and the runs that plan.py lists."""
 import itertools
 import math
 import shutil
@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from lab import experiments, figures, instruments, plan, scatter, tables
+from data import tasks
+from lab.study import experiments, figures, instruments, plan, scatter, tables
 
 
 def test_a_comparison_pairs_the_seeds():
@@ -122,7 +123,7 @@ def test_a_row_names_the_commits_that_made_its_run(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("arm, spread, low, high, share", [
-    # A normal variable is below -1 or above 1 standard deviation with a chance of 0.1587 each.
+    # A normal variable is below -1 or above 1 standard deviation with a probability of 0.1587 each.
     ("gspo", 0.01, 1 - math.exp(-0.01), math.exp(0.01) - 1, 0.1587),
     ("grpo", 0.2, 1 - math.exp(-0.2), 100, 0.1587 / 2),
     ("grpo", 0.2, 1, 100, 0.0),
@@ -171,6 +172,8 @@ def test_buckets_go_from_short_to_long_responses():
 def test_replay_takes_the_part_of_the_router_away(tmp_path, monkeypatch):
     """A short run, its rollout scored with the old experts and with today's."""
     monkeypatch.chdir(tmp_path)
+    # A few held-out problems, to be quick.
+    monkeypatch.setattr(tasks, "held_out_problems", lambda task: task.held_out()[::40])
     options = ("--cold_steps 30 --cold_tokens 400 --max_digits 1 --steps 1 --threads 1 "
                "--device cpu --lr 0.01 --out run")
     scatter.train.main(options.split())

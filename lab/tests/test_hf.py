@@ -1,4 +1,4 @@
-"""Weights that travel to `transformers` and back; run `python -m pytest lab/test_hf.py`.
+"""Weights that travel to `transformers` and back; run `python -m pytest lab/tests/test_hf.py`.
 
 The tests that compare with the real Qwen3MoeForCausalLM are skipped where it is not installed."""
 import pytest
@@ -6,6 +6,7 @@ import torch
 from torch.testing import assert_close
 
 import train
+from data import tasks
 from data.tokenizer import Tokenizer
 from lab import hf
 from moe import MoEConfig, MoETransformer
@@ -78,6 +79,10 @@ def test_a_checkpoint_may_have_one_tensor_per_expert(model):
     apart = one_tensor_per_expert(state)
     assert len(apart) == len(state) + 2 * (3 * 5 - 2)       # in 2 layers 15 tensors instead of 2
     assert_same(hf.from_hf(config, apart), model)
+
+
+def test_there_is_room_for_a_prompt_as_in_train_py():
+    assert hf.MAX_PROMPT == train.MAX_PROMPT
 
 
 def test_rotary_pairs_are_neighbours_here_and_half_a_head_apart_there():
@@ -173,7 +178,9 @@ def test_a_variant_that_transformers_writes_is_a_value_error(model, transformers
 def test_a_run_that_was_written_for_transformers_gives_the_same_answers(
         transformers, tmp_path, monkeypatch, capsys, task, prompts):
     monkeypatch.chdir(tmp_path)
-    train.main(["--task", task, "--cold_steps", "60", "--cold_tokens", "800", "--steps", "1",
+    # A few held-out problems, to be quick.
+    monkeypatch.setattr(tasks, "held_out_problems", lambda task: task.held_out()[::40])
+    train.main(["--task", task, "--cold_steps", "30", "--cold_tokens", "400", "--steps", "1",
                 "--prompts", "4", "--threads", "1", "--device", "cpu", "--out", "run"])
     hf.to_folder("run", "saved")
     tokenizer = transformers.AutoTokenizer.from_pretrained("saved", local_files_only=True)

@@ -1,17 +1,19 @@
 """The instruments: gradients token by token, worked out by hand, and the noise."""
+import json
 import os
 import random
 import subprocess
 import sys
 from math import exp
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import gspo
-from lab import instruments
 from lab.report import read_table
+from lab.study import instruments
 
 # Two responses of three tokens and of two. log s is 0.1 and -0.2.
 LOG_W = torch.tensor([[0.5, -0.1, -0.1], [1.2, -1.6, 0.0]])
@@ -82,19 +84,28 @@ def test_noise_multiplies_the_ratios_with_factors_of_mean_1_or_leaves_the_mean_o
     torch.testing.assert_close(centred - log_factor, torch.full_like(zeros, variance / 2))
 
 
-def test_every_run_of_the_noisy_trainer_has_the_noise_in_its_ratios(tmp_path, monkeypatch):
-    """In a process of its own: an instrument changes the modules that it wraps."""
-    command = [sys.executable, "-m", "lab.instruments", "--noise", "1", "--centred",
+def test_every_run_of_the_noisy_trainer_has_the_noise_in_its_ratios(tmp_path):
+    """In a process of its own: the instruments make flags of train.py, before it is imported."""
+    command = [sys.executable, "-m", "lab.study.instruments", "--noise", "1", "--centred",
                "--cold_steps", "30", "--cold_tokens", "400", "--max_digits", "1", "--steps", "1",
+               "--max_new_tokens", "24", "--prompts", "16",
                "--algorithm", "grpo_clip_gspo_weight", "--threads", "1", "--device", "cpu"]
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent.parent)}
     subprocess.run([*command, "--out", "run"], cwd=tmp_path, env=environment, check=True,
                    capture_output=True, timeout=200)
+    options = json.loads((tmp_path / "run/config.json").read_text())
+    assert (options["noise"], options["centred"]) == (1, True)
     first = read_table(tmp_path / "run/updates.csv")[0]
     assert float(first["log_w_std"]) == pytest.approx(1, abs=0.1)
 
 
-def test_noise_is_refused_where_it_would_be_lost(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["instruments", "--noise", "1", "--recompute_logp_old"])
-    with pytest.raises(SystemExit, match="--recompute_logp_old does not go together with noise"):
-        instruments.main()
+@pytest.mark.parametrize("name, value", [
+    ("recompute_logp_old", True), ("correction", "tis"), ("routing_replay", "r2")])
+def test_noise_is_refused_where_it_would_be_lost(name, value):
+    options = {"algorithm": "grpo", "recompute_logp_old": False, "correction": "none",
+               "routing_replay": "r3", "common_noise": 0.0}
+    assert instruments.wanted(SimpleNamespace(noise=1.0, **options))
+    options[name] = value
+    assert not instruments.wanted(SimpleNamespace(noise=0.0, **options))
+    with pytest.raises(ValueError, match=f"{name}.* would replace the stored log-probs"):
+        instruments.wanted(SimpleNamespace(noise=1.0, **options))

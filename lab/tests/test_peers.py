@@ -1,6 +1,7 @@
-"""The objectives of gspo.py against the code of TRL and of verl themselves, in value and gradient.
+"""The objectives of gspo.py and of lab/extras/ against the code of TRL and of verl themselves, in
+value and gradient.
 
-    pip install trl verl; python -m pytest lab/test_peers.py
+    pip install -r lab/requirements.txt; python -m pytest lab/tests/test_peers.py
 
 The tests skip a peer that is not installed. They call both, and copy neither: TRL's _compute_loss
 on a stand-in for its trainer, verl's core_algos.py as it is. The batches are random, padded and in
@@ -13,6 +14,7 @@ import torch
 from torch.testing import assert_close
 
 import gspo
+from lab.extras import critic, kl_term, relatives
 
 B = 32
 T = 10
@@ -42,10 +44,12 @@ def batch(seed):
     return SimpleNamespace(
         lengths=lengths, mask=mask, A=A, logp=with_garbage(logp).requires_grad_(),
         logp_old=with_garbage(logp_old), logp_ref=with_garbage(logp_ref),
-        mean_weights=gspo.seq_mean_token_mean(lengths.double(), T))
+        mean_weights=gspo.mean_of_means(lengths.double()))
 
 
 def our_loss(algorithm, batch, A, low, high):
+    if algorithm == "dr_grpo":
+        A = A / T               # by the longest length, which is relatives.Extra's part
     loss, clipped = gspo.policy_loss(algorithm, batch.logp, batch.logp_old, A, batch.mask, low,
                                      high)
     if algorithm not in ("sapo", "reinforce"):
@@ -80,6 +84,14 @@ def test_a_mask_of_any_dtype_means_the_same(batch, algorithm, dtype):
 
 
 # ---------------------------------------------------------------------------- TRL
+
+@pytest.fixture
+def float64_by_default():
+    """TRL makes a tensor of SAPO's 1.05, which would round it to fp32."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
 
 class Accelerator:
     num_processes = 1
@@ -135,7 +147,7 @@ def trl_loss(loss_type, level, batch, A, low, high, beta=0.0):
     ("sapo", "sapo", "token"),
     ("luspo", "luspo", "sequence"),
 ])
-def test_trl(batch, monkeypatch, algorithm, loss_type, level):
+def test_trl(batch, float64_by_default, algorithm, loss_type, level):
     A = batch.A if algorithm == "ppo" else batch.A[:, 0]
     low = LOW
     their_high = HIGH
@@ -143,14 +155,11 @@ def test_trl(batch, monkeypatch, algorithm, loss_type, level):
         # TRL has no lower bound, and its epsilon_high is the upper one, not its distance from 1.
         low = 1.0
         their_high = 1 + HIGH
-    # TRL rounds 1.05 to fp32, whatever the log-probs are.
-    rounded = torch.tensor(gspo.SAPO_TAU_NEGATIVE).item()
-    monkeypatch.setattr(gspo, "SAPO_TAU_NEGATIVE", rounded)
     ours = our_loss(algorithm, batch, A, low, HIGH)
     agree(ours, trl_loss(loss_type, level, batch, A, low, their_high), batch.logp)
-    # TRL adds up the KL as it does the loss, gspo.update as a mean of means: equal for these.
-    if gspo.ALGORITHMS[algorithm].aggregation is gspo.seq_mean_token_mean:
-        kl = gspo.kl_loss(batch.logp, batch.logp_ref, batch.mask, batch.mean_weights)
+    # TRL adds up the KL as it does the loss, which has these weights for some.
+    if gspo.ALGORITHMS[algorithm].token_weights is gspo.mean_of_means:
+        kl = kl_term.kl_loss(batch.logp, batch.logp_ref, batch.mask, batch.mean_weights)
         theirs = trl_loss(loss_type, level, batch, A, low, their_high, beta=0.5)
         agree(ours + 0.5 * kl, theirs, batch.logp)
 
@@ -196,7 +205,7 @@ def test_verl(batch, verl, algorithm, loss_mode, aggregation):
 def test_verl_kl(batch, verl):
     kl = verl.kl_penalty(batch.logp, batch.logp_ref, "low_var_kl")
     theirs = verl.agg_loss(kl, batch.mask.long(), "seq-mean-token-mean")
-    ours = gspo.kl_loss(batch.logp, batch.logp_ref, batch.mask, batch.mean_weights)
+    ours = kl_term.kl_loss(batch.logp, batch.logp_ref, batch.mask, batch.mean_weights)
     agree(ours, theirs, batch.logp)
 
 
@@ -206,10 +215,10 @@ def test_verl_value_loss(batch, verl):
     values_old = batch.logp_old
     returns = batch.A
     moved = (values - values_old).abs()
-    assert (moved > gspo.VALUE_CLIP)[batch.mask].any()
+    assert (moved > critic.VALUE_CLIP)[batch.mask].any()
     theirs, _ = verl.compute_value_loss(values, returns, values_old, batch.mask.long(),
-                                        gspo.VALUE_CLIP, "seq-mean-token-mean")
-    ours = gspo.value_loss(values, values_old, returns, batch.mask, batch.mean_weights)
+                                        critic.VALUE_CLIP, "seq-mean-token-mean")
+    ours = critic.value_loss(values, values_old, returns, batch.mask, batch.mean_weights)
     agree(ours, theirs, values)
 
 
@@ -223,13 +232,23 @@ def test_verl_gae(batch, verl, gamma, lam):
     at_end[torch.arange(B), batch.lengths - 1] = rewards
     their_advantages, their_returns = verl.compute_gae_advantage_return(
         at_end, values, mask.long(), gamma, lam)
-    our_values = values * mask
-    rollout = SimpleNamespace(lengths=batch.lengths, response_mask=mask)
-    settings = gspo.Settings(algorithm="ppo", gamma=gamma, gae_lambda=lam)
-    advantages, critic = gspo.ppo_advantages(rollout, None, our_values, rewards, settings)
-    assert_close(critic.returns[mask], their_returns[mask], rtol=1e-9, atol=1e-12)
-    returns = gspo.gae(at_end, our_values, gamma, lam) + our_values
-    assert_close(returns[mask], their_returns[mask], rtol=1e-9, atol=1e-12)
+    rollout = SimpleNamespace(lengths=batch.lengths, response_mask=mask, rewards=rewards)
+
+    class Critic(critic.Extra):
+        """One without a model, that has these values."""
+        config = SimpleNamespace(gamma=gamma, gae_lambda=lam, routing_replay="none")
+        model = None
+
+        def __init__(self):
+            self.measured = {}
+
+        def score(self, *_):
+            return None
+
+        def values(self, scores):
+            return values
+    advantages = Critic().advantages(rollout)
+    assert_close(rollout.returns[mask], their_returns[mask], rtol=1e-9, atol=1e-12)
     # verl adds 1e-8 to the square of the deviation and rounds n / (n - 1) of n tokens to fp32.
     assert_close(advantages[mask], their_advantages[mask], rtol=1e-6, atol=0)
 
@@ -244,5 +263,9 @@ def test_verl_group_advantages(verl, scale):
         rewards.view(40, 1), torch.ones(40, 1), group_of_response,
         epsilon=1e-30,                      # ours has none
         norm_adv_by_std_in_grpo=scale == "std")
-    ours = gspo.group_advantages(rewards, scale)
-    assert_close(ours, theirs.view(5, 8), rtol=1e-9, atol=1e-12)
+    ours = gspo.group_advantages(rewards).flatten()
+    if scale == "none":
+        trainer = SimpleNamespace(config=SimpleNamespace(algorithm="reinforce", group_size=8))
+        rollout = SimpleNamespace(rewards=rewards.flatten())
+        ours = relatives.Extra.advantages(trainer, rollout)
+    assert_close(ours, theirs[:, 0], rtol=1e-9, atol=1e-12)
