@@ -53,11 +53,11 @@ NAMES = [
     "precision",            # before micro_batches and all who score, whose types it sets
     "micro_batches",
     "rescoring",            # corrects whatever advantages there are, the penalty included
-    "overlong",             # adds to the rewards that critic and relatives make advantages of
+    "overlong",             # adds to the rewards that advantages are made of
     "other_sampler",        # one sampler for all rounds of dynamic_sampling
     "dynamic_sampling",
     "critic",               # replaces the advantages
-    "relatives",            # replaces the advantages
+    "relatives",
     "cold_cache",           # takes the place of the cold start, but not of what follows it
 ]
 EXTRAS = [importlib.import_module(f"lab.extras.{name}") for name in NAMES]

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from gspo import (
-    ALGORITHMS, Algorithm, LogRatios, clip, gspo, group_advantages, grpo, response_mean, to_ratio)
+    ALGORITHMS, Algorithm, LogRatios, clip, group_advantages, grpo, gspo, response_mean, to_ratio)
 from lab.options import option
 
 
@@ -63,8 +63,7 @@ def seq_mean_token_sum(lengths: Tensor) -> Tensor:
 ALGORITHMS |= {
     # GSPO for advantages per token; with one per response it equals gspo in value and gradient.
     "gspo_token": Algorithm(gspo_token, ALGORITHMS["gspo"].clip_range),             # 2507.18071
-    # No std and no 1/|y|: it argues that both are biases, to easy or hard questions and to length.
-    # Divided by a constant instead, the longest response there can be: see Extra.
+    # No std, a constant for |y| (see Extra): it argues that both bias, to easy or to long.
     "dr_grpo": Algorithm(grpo, (0.2, 0.2), token_weights=seq_mean_token_sum),       # 2503.20783
     # More room upwards, for rare tokens; long responses count more.
     "dapo": Algorithm(grpo, (0.2, 0.28), token_weights=token_mean),               # 2503.14476
@@ -76,27 +75,26 @@ ALGORITHMS |= {
     "luspo": Algorithm(gspo, (2e-3, 2.5e-3), False, seq_mean_token_sum),  # 2602.05261
     "reinforce": Algorithm(reinforce, (None, None)),
 }
-WITHOUT_STD = ("dr_grpo", "reinforce")
 
 
 def wanted(config) -> bool:
-    clip_range = ALGORITHMS[config.algorithm].clip_range
-    for name, default in zip(("clip_low", "clip_high"), clip_range):
+    for name, default in zip(("clip_low", "clip_high"), ALGORITHMS[config.algorithm].clip_range):
         if default is None and getattr(config, name) is not None:
-            raise ValueError(f"{name} is {getattr(config, name)}, but {config.algorithm} has none; "
-                             "leave it out")
+            raise ValueError(f"{name} is given, but {config.algorithm} has none; leave it out")
     if config.scale and config.algorithm == "ppo":
-        raise ValueError(f"scale is {config.scale}, but the advantages of ppo are a critic's; "
-                         "leave it out")
-    return config.scale == "none" or config.scale is None and config.algorithm in WITHOUT_STD
+        raise ValueError("scale is given, but the advantages of ppo are a critic's; leave it out")
+    return config.scale == "none" or config.algorithm in ("dr_grpo", "reinforce")
 
 
 class Extra:
-    """Advantages without the division by the standard deviation."""
     def advantages(self, rollout):
         rewards = rollout.rewards.view(-1, self.config.group_size)         # (P, G)
-        advantages = rewards - rewards.mean(dim=1, keepdim=True)
-        advantages = torch.where(group_advantages(rewards) != 0, advantages, 0.0).flatten()
-        if self.config.algorithm == "dr_grpo":
-            advantages = advantages / self.config.max_new_tokens
-        return advantages
+        A = group_advantages(rewards)
+        if self.config.scale != "std":
+            A = torch.where(A != 0, rewards - rewards.mean(dim=1, keepdim=True), 0.0)
+        return A.flatten()
+
+    def gradient(self, model, batch, *arguments):
+        if self.config.algorithm == "dr_grpo":      # 1/(B * the longest there can be)
+            batch.token_weights = batch.token_weights / self.config.max_new_tokens
+        return super().gradient(model, batch, *arguments)

@@ -17,13 +17,11 @@ from lab.report import mean_row
 
 
 def wanted(config) -> bool:
-    n_processes = int(os.environ.get("WORLD_SIZE", 1))
-    if config.prompts % n_processes or config.cold_tokens % n_processes:
-        raise ValueError(f"prompts and cold_tokens must be multiples of {n_processes} processes")
-    if config.mini_batches * n_processes > config.prompts:
-        raise ValueError(f"mini_batches is {config.mini_batches}, but each process has only "
-                         f"{config.prompts // n_processes} groups")
-    return n_processes > 1
+    n = int(os.environ.get("WORLD_SIZE", 1))
+    if config.prompts % n or config.cold_tokens % n or config.prompts // n < config.mini_batches:
+        raise ValueError(f"{n} processes: prompts and cold_tokens must be multiples of it, and "
+                         f"mini_batches at most prompts / {n}")
+    return n > 1
 
 
 class Extra:
@@ -33,10 +31,10 @@ class Extra:
         dist.init_process_group()
         self.rank = dist.get_rank()
         self.n = dist.get_world_size()
-        whole = {"prompts": config.prompts, "cold_tokens": config.cold_tokens}
-        share = {name: number // self.n for name, number in whole.items()}
-        super().__init__(dataclasses.replace(config, **share), task)
-        self.options |= whole
+        share = dataclasses.replace(config, prompts=config.prompts // self.n,
+                                    cold_tokens=config.cold_tokens // self.n)
+        super().__init__(share, task)
+        self.options |= vars(config)
         self.demonstrations = itertools.islice(self.demonstrations, self.rank, None, self.n)
         entry = gspo.ALGORITHMS[config.algorithm]
 
@@ -63,9 +61,8 @@ class Extra:
     def gradient(self, model, batch, *arguments):
         """A process that has nothing to learn, while another has, takes part in the step."""
         learned = super().gradient(model, batch, *arguments)
-        if any(self.gather(learned is not None)):
-            return learned or gspo.Learned(batch, None, 0.0, None)
-        return None
+        nobody = not any(self.gather(learned is not None))
+        return None if nobody else learned or gspo.Learned(batch, None, 0.0, None)
 
     def step(self, parameters, optimizers, max_grad_norm):
         for p in parameters:
@@ -75,9 +72,8 @@ class Extra:
         return super().step(parameters, optimizers, max_grad_norm)
 
     def measure(self, learned):
-        mine = super().measure([x for x in learned if x.scores is not None])
-        row_of = {row["mini_batch"]: row for row in mine}
-        rows = [row_of.get(x.mini_batch, {"loss": 0.0}) for x in learned]
+        mine = iter(super().measure([x for x in learned if x.scores is not None]))
+        rows = [{"loss": 0.0} if x.scores is None else next(mine) for x in learned]
         self.measured = mean_row(self.gather(self.measured))
         return [mean_row(of_each) | {"mini_batch": x.mini_batch}
                 for x, *of_each in zip(learned, *self.gather(rows))]
@@ -88,8 +84,7 @@ class Extra:
         except RuntimeError as error:
             if "onnection" not in str(error):
                 raise
-            sys.exit("train.py: another process is gone; --resume goes on from the last "
-                     "checkpoint, if this run has one yet")
+            sys.exit("train.py: another process is gone; --resume goes on from the last checkpoint")
 
     # What all do together, for interrupts, cold_cache and critic:
     def must_stop(self):
