@@ -56,8 +56,8 @@ def group_advantages(rewards: Tensor) -> Tensor:
 # ---------------------------------------------------------------------------- 2 scores
 
 class Scores(NamedTuple):
-    """Responses under the model as it is now. In padding only logp is 0."""
-    logp: Tensor            # (B, T) log-prob of each token
+    """Responses under the model as it is now."""
+    logp: Tensor            # (B, T) log-prob of each token, 0 in padding
     entropy: Tensor         # (B, T) of the distribution that the model has for it, in nats
     hidden: Tensor          # (B, T, D) what its logits are made of
     routes: Tensor          # (B, S, L, K), of prompt and response
@@ -87,9 +87,10 @@ def score(model: MoETransformer, rollout: Rollout, temperature: float = 1.0,
 # ---------------------------------------------------------------------------- 3 ratios
 
 class LogRatios(NamedTuple):
-    """How much likelier the responses are now than when they were sampled. All (B, T)."""
-    log_w: Tensor       # of each token, the log of Eq. 3; 0 outside the responses
-    log_s: Tensor       # its mean over the response, the log of Eq. 7, repeated along the row
+    """How much likelier the responses are now than when they were sampled, and two things more that
+    some objectives need. All (B, T)."""
+    log_w: Tensor       # of each token, the log of Eq. 3; 0 in padding
+    log_s: Tensor       # its mean over the response, the log of Eq. 7, repeated along the whole row
     logp: Tensor        # of each token under the model as it is now
     mask: Tensor        # True for tokens of a response
 
@@ -144,10 +145,12 @@ def clip(log_ratio: Tensor, A: Tensor, low: float, high: float) -> tuple[Tensor,
 
 
 def gspo(logs: LogRatios, A: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
+    """One ratio for a response: all its tokens are kept or clipped together."""
     return clip(logs.log_s, A, low, high)
 
 
 def grpo(logs: LogRatios, A: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
+    """A ratio for every token."""
     return clip(logs.log_w, A, low, high)
 
 
@@ -237,19 +240,19 @@ class Learned:
     scores: Scores
     loss: float                 # the policy loss
     clipped: Tensor             # (B, T) True where the clip takes the gradient away
-    grad_norm: float = 0.0      # what `step` has returned
-    mini_batch: int = 0         # its number, from 0, counted on in the second epoch
+    grad_norm: float = 0.0      # what `optimizer_step` has returned
+    mini_batch: int = 0         # its number, from 0, which continues through the epochs
 
 
 def gradient(model: MoETransformer, batch: Rollout, config,
              loss_terms: Sequence[Callable] = ()) -> Learned | None:
     """Add the gradient of a mini-batch's loss to the parameters; None if it has no row.
 
-    `loss_terms` are functions (batch, scores) -> a scalar that is added to the policy loss. A
-    mini-batch may be computed in parts: batch.token_weights, which the policy loss and the terms
-    sum with, are those of the whole, so that losses and gradients of the parts add up."""
+    `loss_terms` are functions (batch, scores) -> a scalar that is added to the policy loss, a sum
+    with batch.token_weights as the policy loss is."""
     if len(batch.tokens) == 0:
         return None
+    # Whatever is replayed is rollout.routes: the kinds of replay differ in who has recorded them.
     scores = score(model, batch, config.temperature, replay=config.routing_replay != "none")
     loss, clipped = policy_loss(config.algorithm, scores.logp, batch.logp_old, batch.advantages,
                                 batch.response_mask, config.clip_low, config.clip_high,
@@ -259,8 +262,8 @@ def gradient(model: MoETransformer, batch: Rollout, config,
     return Learned(batch, Scores(*(x.detach() for x in scores)), loss.item(), clipped)
 
 
-def step(parameters: list[nn.Parameter], optimizers: list[torch.optim.Optimizer],
-         max_grad_norm: float) -> float:
+def optimizer_step(parameters: list[nn.Parameter], optimizers: list[torch.optim.Optimizer],
+                   max_grad_norm: float) -> float:
     """Shorten a gradient that is too long, and let the optimisers move the parameters -> the length
     that it had. FloatingPointError, before anything has moved, if that is not finite."""
     grad_norm = nn.utils.clip_grad_norm_(parameters, max_grad_norm).item()
@@ -276,12 +279,13 @@ def step(parameters: list[nn.Parameter], optimizers: list[torch.optim.Optimizer]
 
 def update(model: MoETransformer, optimizer: torch.optim.Optimizer, rollout: Rollout, config,
            loss_terms: Sequence[Callable] = (), add_gradient: Callable = gradient,
-           make_step: Callable = step) -> list[Learned]:
+           make_step: Callable = optimizer_step) -> list[Learned]:
     """One optimiser step for each mini-batch of whole groups in which somebody has an advantage,
     from the first group to the last; and again in each further epoch.
 
-    The rollout must have logp_old, routes and advantages; `config` is a train.RLOptions. train.py
-    passes its own `add_gradient` and `make_step`: the two above, and more if an option asks."""
+    The rollout must have logp_old, routes and advantages; `config` has the options of
+    train.RLOptions, with at most as many mini_batches as groups. train.py passes its own
+    `add_gradient` and `make_step`: the two functions above, and more if an option asks for it."""
     parameters = []
     for param_group in optimizer.param_groups:
         parameters += param_group["params"]
@@ -296,9 +300,11 @@ def update(model: MoETransformer, optimizer: torch.optim.Optimizer, rollout: Rol
     # Watch the reward, not the loss. Each step moves the model further away from what it was.
     for i in range(config.epochs * config.mini_batches):
         batch = rollout.select(mini_batches[i % config.mini_batches].flatten())
+        # 1/(B |y|) for each token, with the B of the whole mini-batch: set here, before rows are
+        # dropped, or computed in parts (lab/extras/micro_batches.py). The loss is a plain sum with
+        # these weights, so that the losses and gradients of parts add up to those of the whole.
         batch.token_weights = weights_of(batch.lengths)
-        if not loss_terms:
-            # A response with A = 0 has no gradient and is not computed, but counts in the weights.
+        if not loss_terms:      # a response with A = 0 has no gradient: it need not be computed
             has_signal = batch.advantages.view(len(batch.tokens), -1).any(dim=1)   # (B,)
             batch = batch.select(has_signal)
         optimizer.zero_grad()

@@ -20,8 +20,8 @@ Tokens come as a rectangle, with padding. Attention needs the rectangle; between
 layer computes only the real tokens, as one flat list: see `unpad` and `pad`.
 
 The letters in shape comments, to which the sampler below adds its own:
-    B rows    S columns    `new` those columns of a call that no cache has seen yet; without a cache
-    that is all S    N real tokens of a call, those that are not padding
+    B rows    N real tokens of a call: those that are not padding
+    S columns so far, those in a cache included; `new` of them are in this call, all without a cache
     L layers    E experts    K active experts    D width of the model    H query heads of width C
 """
 import copy
@@ -43,7 +43,7 @@ class MoEConfig:
     n_head: int = 4
     n_kv_head: int = 2          # n_head / n_kv_head query heads share one key/value head
     n_expert: int = 8
-    n_active: int = 2           # with 1 the only weight is always 1: the router cannot learn
+    n_active: int = 2           # with 1 its weight is always 1: only balance_loss moves the router
     d_expert: int = 64          # width inside an expert
     rope_theta: float = 10_000.0
     norm_eps: float = 1e-6
@@ -99,8 +99,8 @@ def turns_at(positions: Tensor, config: MoEConfig) -> Tensor:
 
 
 def rotate(x: Tensor, turns: Tensor) -> Tensor:
-    """Read each pair of neighbours in x (N, heads, C) as a complex number and turn it. (The released
-    Qwen3 pairs numbers half a head apart: the same model, with q and k in another order.)"""
+    """Read each pair of neighbours in x (N, heads, C) as a complex number and turn it. (The
+    released Qwen3 pairs numbers half a head apart: the same model, with q and k reordered.)"""
     pairs = torch.view_as_complex(at_least_fp32(x).unflatten(-1, (-1, 2)))      # (N, heads, C/2)
     return torch.view_as_real(pairs * turns).flatten(-2).to(x.dtype)
 
@@ -255,13 +255,16 @@ class MoETransformer(nn.Module):
 
         cells = mask.flatten().nonzero()[:, 0]                          # (N,)
         x = self.embed(unpad(tokens, cells))                            # (N, D)
-        # The first real token of a row has position 0, however much padding stands before it.
+        # The first real token of a row has position 0, however much padding stands before it:
+        # . 3 10 7 have the positions -1 0 1 2, of which that of the padding is not used.
         positions = (all_mask.cumsum(dim=1) - 1)[:, -new:]              # (B, new)
         turns = turns_at(unpad(positions, cells), self.config)          # (N, 1, C/2)
-        column = torch.arange(S, device=tokens.device)                  # (S,)
-        own = column[-new:, None]                                       # (new, 1)
-        # A column sees the real tokens up to its own. Padding sees itself: no softmax is empty.
-        visible = (all_mask[:, None] & (column <= own)) | (column == own)   # (B, new, S)
+        key_column = torch.arange(S, device=tokens.device)              # (S,)
+        query_column = key_column[-new:, None]                          # (new, 1)
+        # A query sees the real tokens up to its own column. Padding sees itself: no softmax over
+        # nothing.
+        visible = all_mask[:, None] & (key_column <= query_column)      # (B, new, S)
+        visible = visible | (key_column == query_column)
         visible = visible[:, None]                                      # the same for all heads
         routes_of_layers = []
         logits_of_layers = []
@@ -281,7 +284,8 @@ class MoETransformer(nn.Module):
 
 
 def balance_loss(routes: Tensor, router_logits: Tensor, mask: Tensor) -> Tensor:
-    """How unevenly the experts are used: 1 if all are used alike, E/K if only K of them are.
+    """How unevenly the experts are used: 1 if all are used alike, E/K if K of them are active for
+    all tokens and have all the probability.
 
     E * sum over e of (share of the active pairs) * (mean probability), averaged over the layers:
     Switch Transformer (2101.03961), Eq. 4-6. routes (B, S, L, K) and router_logits (B, S, L, E) are
@@ -401,8 +405,8 @@ def generate(model: MoETransformer, prompts: list[list[int]], group_size: int, m
              uniform: Tensor | None = None) -> Rollout:
     """Sample `group_size` responses to each of P prompts, lists of token ids.
 
-    A response ends with `eos_id`, or is truncated after `max_new_tokens`. `choose` explains the
-    temperature and `uniform` (B, max_new_tokens). No top-k, no top-p: the trainer scores all."""
+    A response ends with `eos_id`, or is truncated after `max_new_tokens`. No top-k or top-p: scored
+    is what was sampled. `choose` explains the temperature and `uniform` (B, max_new_tokens)."""
     check_request(model.config, prompts, max_new_tokens, temperature)
     device = model.embed.weight.device
     # 1 Prefill: each prompt goes through the model once.

@@ -13,10 +13,10 @@
     3  RL           sample, reward, advantages, update; again
     4  report       what happened, in words, numbers and curves
 
-All randomness follows from the seed, that of an RL step from the seed and its number. So a
-checkpoint needs only the weights, the optimiser, the success rate of each kind of problem and the
-number of the last step to go on exactly as if nothing had happened (on a CPU, with as many
-threads).
+All randomness follows from the seed, that of an RL step from the seed and its number. So after the
+cold start a checkpoint needs only the weights, the optimiser, the success rate of each kind of
+problem and the number of the last step to go on exactly as if nothing had happened (on a CPU, with
+as many threads).
 """
 import random
 import time
@@ -38,7 +38,8 @@ from lab import command_line, extras, inspection, report, runs
 from lab.muon import Muon
 from lab.options import option
 
-# Every field below is a flag: its default, what --help says about it, its lowest and highest value.
+# Every field below becomes a flag:
+#     name: type = option(default, what it is and why it has this default, lowest, highest value)
 
 
 @dataclass
@@ -66,7 +67,7 @@ class ColdStartOptions:
 @dataclass
 class RLOptions:
     """RL"""
-    # The table has the rows of the extras too: `extras`, imported above, has added them.
+    # gspo.ALGORITHMS has the rows of the extras too, which the import above has added.
     algorithm: str = option("gspo", "the objective", choices=tuple(gspo.ALGORITHMS))
     steps: int = option(200, "RL steps: until held-out accuracy hardly rises any more", 0)
     queries: str = option("adaptive", "kinds of problem to ask: above all those that are sometimes "
@@ -105,7 +106,7 @@ OPTION_GROUPS = (ModelOptions, ColdStartOptions, RLOptions, RunOptions, *extras.
 
 @dataclass
 class Config(*OPTION_GROUPS):
-    """All options."""
+    """All options in one: config.lr, config.n_layer ..."""
 
 
 MAX_PROMPT = 64     # tokens
@@ -123,8 +124,10 @@ class Response(NamedTuple):
 
 
 class Trainer:
-    """The stages of a run. Options can ask for extras, classes that are put in front of this one:
-    lab/extras/__init__.py lists them, three of which are always at work, and what they may do."""
+    """The stages of a run, as they are with the default options. Others may ask for extras, classes
+    that are put in front of this one and override its methods, as lab/extras/__init__.py says. A
+    first reader can ignore them. Three are always at work, and change no number of a run: they
+    measure, stop at Ctrl-C, and keep the cold start in out/ for later runs."""
     def __init__(self, config: Config, task):
         torch.set_num_threads(config.threads)
         torch.manual_seed(config.seed)
@@ -176,11 +179,12 @@ class Trainer:
             batch = moe.lay_out(prompts, responses, self.tokenizer.pad_id, self.device)
             scores = gspo.score(model, batch)
             nats = -scores.logp.sum()
-            loss = nats / config.cold_tokens    # a token weighs the same, however many there are
+            # Not divided by the tokens of this batch: a token weighs the same in every batch.
+            loss = nats / config.cold_tokens
             uneven = moe.balance_loss(scores.routes, scores.router_logits, batch.mask)
             model.zero_grad()
             (loss + config.balance * uneven).backward()
-            self.step(parameters, optimizers, config.max_grad_norm)
+            self.optimizer_step(parameters, optimizers, config.max_grad_norm)
             for schedule in schedules:
                 schedule.step()
             report.cold_step(step, config.cold_steps, nats / batch.lengths.sum(), began)
@@ -233,7 +237,7 @@ class Trainer:
         rollout.advantages = self.advantages(rollout)
         # Update: ratio, clip and step, `mini_batches` times in each epoch, each with its groups.
         learned = gspo.update(self.model, self.optimizer, rollout, self.config, self.loss_terms,
-                              self.gradient, self.step)
+                              self.gradient, self.optimizer_step)
         # Learn what to ask next: problems that are sometimes answered right, sometimes wrong.
         self.queries.learn(responses)
         return responses, learned
@@ -256,7 +260,7 @@ class Trainer:
         return gspo.group_advantages(rewards).flatten()
 
     gradient = staticmethod(gspo.gradient)
-    step = staticmethod(gspo.step)
+    optimizer_step = staticmethod(gspo.optimizer_step)
     measure = staticmethod(report.update_metrics)
 
     def rl(self):
@@ -310,7 +314,7 @@ def main(argv: list[str] | None = None):
         ExtendedTrainer = extras.extend(Trainer, config)
         trainer = ExtendedTrainer(config, task)
         if state:
-            trainer.load_state_dict(state)
+            runs.restore(trainer, state)
     if todo:
         return inspection.look(trainer, todo, MAX_PROMPT)       # --ask, --inspect, --eval_only
     with runs.alone_in(trainer.folder):

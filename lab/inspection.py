@@ -185,7 +185,7 @@ def inspect_update(trainer):
     n_steps = config.mini_batches * config.epochs
     made = max(1, n_steps - 1)
     gspo.update(trainer.model, trainer.optimizer, rollout, config, trainer.loss_terms,
-                first(made, trainer.gradient), trainer.step)
+                first(made, trainer.gradient), trainer.optimizer_step)
     when = f"after RL step {step}" if step else "after the cold start"
     title = (f"{trainer.folder}, {config.algorithm}: the model as it was {when} has sampled "
              f"{config.prompts} groups and made {made} of {n_steps} optimiser steps.")

@@ -53,6 +53,15 @@ def load(path: Path, remedy: str) -> dict:
     return content
 
 
+def restore(trainer, state: dict):
+    """Bring the trainer to a state that was loaded. ValueError if it does not fit."""
+    try:
+        trainer.load_state_dict(state)
+    except (RuntimeError, KeyError):
+        raise ValueError(f"the checkpoint in {trainer.folder} does not fit its options; name "
+                         "another run with --out") from None
+
+
 def last_run() -> Path:
     runs = sorted(Path("out").glob("*/checkpoint.pt"), key=lambda path: path.stat().st_mtime)
     if not runs:

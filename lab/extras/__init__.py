@@ -1,26 +1,26 @@
 """What the options can add to the core: one file each, which a reader can skip and a forker delete,
-together with its name in the list below. With the default options only three are at work:
-`metrics`, `cold_cache`, which keeps cold starts in out/, and `interrupts`.
+together with its name below. With the default options only `metrics`, `cold_cache` (which keeps
+cold starts in out/) and `interrupts` are at work.
 
 A file has any of these:
 
-    Options             a dataclass whose fields become flags, under its docstring as a title
+    Options             a dataclass whose fields become flags, under its docstring as a title: each
+                        is a lab.options.option(default, help, lowest, highest)
     wanted(config)      True if the options ask for the extra; ValueError for options that do not go
                         together
-    Extra               a class that is put in front of train.Trainer. It overrides methods that
-                        Trainer lists, and gets what they do without it by super()
-    COLUMNS             names of what it measures: each a column of metrics.csv
-    UPDATE_COLUMNS      the same for updates.csv; LAYER_COLUMNS, of which every layer has one
+    Extra               a class that is put in front of train.Trainer. It overrides methods of the
+                        list below, and gets what they do without it by super()
+    COLUMNS             names of what it measures: each a column of metrics.csv. UPDATE_COLUMNS are
+                        those of updates.csv, LAYER_COLUMNS those of which every layer has one
     ROUTING_REPLAY      names of more ways of --routing_replay
 
 An Extra may override these methods of train.Trainer:
 
     collect(model, rng)         sample a rollout with the model -> it, with its rewards, and all
                                 responses that were sampled for it
-    advantages(rollout)         (B,) or (B, T), from rollout.rewards; before the first optimiser
-                                step, so that the model is still the one that has sampled
+    advantages(rollout)         (B,) or (B, T), from rollout.rewards; the model has not moved yet
     gradient(model, batch, config, loss_terms)      gspo.gradient
-    step(parameters, optimizers, max_grad_norm)     gspo.step, of the cold start and of RL
+    optimizer_step(parameters, optimizers, max_grad_norm)       gspo.optimizer_step; cold start too
     score(model, rollout, replay)                   gspo.score for extras, without a gradient
     measure(learned)            the rows of updates.csv, from what gspo.update returns
     cold_start(), evaluate(), rl_step(step), rl(), run()        the stages
@@ -28,23 +28,27 @@ An Extra may override these methods of train.Trainer:
 
 and may add to two of its attributes in its own __init__(self, *arguments):
 
-    loss_terms      functions (batch, scores) -> a scalar, a sum over tokens that count as
-                    batch.token_weights says, such as `bonus` here. They are added to the policy
-                    loss, which is minimised:
+    loss_terms      functions of a moe.Rollout and its gspo.Scores -> a scalar, which is added to
+                    the policy loss and minimised, but not logged as a part of it. A term is a sum
+                    of tokens that count batch.token_weights (B,), as in the policy loss (1/(B |y|)
+                    in gspo), and nothing else: micro_batches, precision and team rely on it.
                         def bonus(batch, scores):
                             entropy = (scores.entropy * batch.response_mask).sum(dim=1)
                             return -0.01 * (entropy * batch.token_weights).sum()
+                    With a term, responses with A = 0 are learned from and measured too.
     measured        a dict {column: number} for the row of metrics.csv, new in each RL step
 """
 import importlib
 import inspect
+import itertools
 
 import torch
 
 import gspo
 
 # The first one is outermost: it is called first, and calls the next by super(). What encloses must
-# stand before what it encloses, and what replaces a method must stand behind all that call it.
+# stand before what it encloses, and what replaces a method must stand behind all that call it. What
+# only adds a term to the loss may stand anywhere.
 NAMES = [
     "team",                 # averages the gradients before precision divides them by its scale
     "interrupts",
@@ -63,21 +67,16 @@ NAMES = [
 EXTRAS = [importlib.import_module(f"lab.extras.{name}") for name in NAMES]
 OPTIONS = [extra.Options for extra in EXTRAS if hasattr(extra, "Options")]
 
-
 def all_of(kind):
     """All names that the extras have under one of the headings above."""
-    names = []
-    for extra in EXTRAS:
-        names += getattr(extra, kind, ())
-    return names
+    return list(itertools.chain(*(getattr(extra, kind, ()) for extra in EXTRAS)))
 
 
 COLUMNS = {kind: all_of(kind) for kind in ("COLUMNS", "UPDATE_COLUMNS", "LAYER_COLUMNS")}
 ROUTING_REPLAY = all_of("ROUTING_REPLAY")
 
 
-class Scorer:
-    """Stands between the extras and Trainer."""
+class Scorer:       # stands between the extras and Trainer
     @torch.no_grad()
     def score(self, model, rollout, replay=False):
         return gspo.score(model, rollout, self.config.temperature, replay)
@@ -86,6 +85,7 @@ class Scorer:
 def extend(Trainer, config):
     """The class Trainer with the extras that the options ask for. ValueError if one of them would
     hide what another one does: a method that does not call super() ends the chain."""
+    Trainer = type("Trainer", (Scorer, Trainer), {})
     wanted = [extra.Extra for extra in EXTRAS if extra.wanted(config)]
     replaced_by = {}            # name of a method -> the extra that ends its chain
     for Extra in wanted:
@@ -97,4 +97,4 @@ def extend(Trainer, config):
                                  f"the {name} of the first would hide that of the second")
             if "super()" not in inspect.getsource(method):
                 replaced_by[name] = Extra.__module__
-    return type("Trainer", (*wanted, Scorer, Trainer), {})
+    return type("Trainer", (*wanted, Trainer), {})

@@ -37,7 +37,7 @@ class Extra:
     """In float16, whose smallest number is 6e-8, gradients would vanish. So the loss is multiplied
     by a large number, and the gradients are divided by it. If one overflows, the step is skipped,
     and the next ones have a smaller number. (PyTorch's GradScaler would step and check by itself;
-    here Trainer.step does both.)"""
+    here Trainer.optimizer_step does both.)"""
     def __init__(self, *arguments):
         super().__init__(*arguments)
         self.scale = 2.0 ** 16 if self.config.dtype == "float16" else 1.0
@@ -69,9 +69,9 @@ class Extra:
             learned.loss /= self.scale
         return learned
 
-    def step(self, parameters, optimizers, max_grad_norm):
+    def optimizer_step(self, parameters, optimizers, max_grad_norm):
         if optimizers != [self.optimizer] or self.config.dtype != "float16":    # the cold start
-            return super().step(parameters, optimizers, max_grad_norm)
+            return super().optimizer_step(parameters, optimizers, max_grad_norm)
         gradients = [p.grad for p in parameters if p.grad is not None]
         for gradient in gradients:
             gradient /= self.scale
@@ -88,7 +88,7 @@ class Extra:
         if self.steps_at_scale == DOUBLE_AFTER:
             self.scale *= 2
             self.steps_at_scale = 0
-        return super().step(parameters, optimizers, max_grad_norm)
+        return super().optimizer_step(parameters, optimizers, max_grad_norm)
 
     def state_dict(self):
         return super().state_dict() | {"loss_scale": [self.scale, self.steps_at_scale]}

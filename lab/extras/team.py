@@ -64,12 +64,12 @@ class Extra:
         nobody = not any(self.gather(learned is not None))
         return None if nobody else learned or gspo.Learned(batch, None, 0.0, None)
 
-    def step(self, parameters, optimizers, max_grad_norm):
+    def optimizer_step(self, parameters, optimizers, max_grad_norm):
         for p in parameters:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
             dist.all_reduce(p.grad)
             p.grad /= self.n
-        return super().step(parameters, optimizers, max_grad_norm)
+        return super().optimizer_step(parameters, optimizers, max_grad_norm)
 
     def measure(self, learned):
         mine = iter(super().measure([x for x in learned if x.scores is not None]))

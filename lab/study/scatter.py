@@ -98,7 +98,7 @@ def after_update(folder: Path) -> tuple[Rollout, Scores, Scores]:
     trained_on.advantages = trainer.advantages(trained_on)
     all_but_last = first(config.mini_batches * config.epochs - 1, trainer.gradient)
     gspo.update(trainer.model, trainer.optimizer, trained_on, config, trainer.loss_terms,
-                all_but_last, trainer.step)
+                all_but_last, trainer.optimizer_step)
     return (rollout, trainer.score(trainer.model, rollout),
             trainer.score(trainer.model, rollout, replay=True))
 

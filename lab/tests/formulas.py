@@ -40,4 +40,4 @@ def update(trainer, rollout, lr=0.1):
         group["lr"] = lr
     rollout.advantages = trainer.advantages(rollout)
     return gspo.update(trainer.model, trainer.optimizer, rollout, trainer.config,
-                       trainer.loss_terms, trainer.gradient, trainer.step)
+                       trainer.loss_terms, trainer.gradient, trainer.optimizer_step)

@@ -145,7 +145,7 @@ def test_every_problem_can_be_solved_and_its_target_is_none_of_its_numbers(optio
 ], ids=lambda x: str(x)[:30])
 def test_the_reward_of_any_text_is_a_number(response, reward):
     assert task.reward(problem, response) == reward
-    assert set(task.measure(problem, response, cut=False)) == {
+    assert set(task.measure(problem, response, truncated=False)) == {
         "trials", "random_search", "gave_up", "false_hits", "overlooked_hits"}
 
 
@@ -173,19 +173,19 @@ def test_random_tokens_are_rewarded_and_measured_without_a_fault():
     for asked in problems(300):
         response = "".join(rng.choices(tokenizer.tokens, k=rng.randrange(60)))
         assert task.reward(asked, response) in (0, 1)
-        assert all(value >= 0 for value in task.measure(asked, response, cut=True).values())
+        assert all(value >= 0 for value in task.measure(asked, response, truncated=True).values())
 
 
 def test_what_is_measured_of_a_response():
-    def measured(response, cut=False):
-        values = task.measure(problem, response, cut)
+    def measured(response, truncated=False):
+        values = task.measure(problem, response, truncated)
         return [values[name] for name in ("trials", "gave_up", "false_hits", "overlooked_hits")]
     assert measured(HIT + "!") == [1, 0, 0, 0]
     assert measured(MISS + "<" + HIT + "!") == [2, 0, 0, 0]
     assert measured(MISS + "<" + MISS + "<") == [2, 1, 0, 0]
     assert measured(MISS + "!") == [1, 0, 1, 0]
     assert measured(MISS + "<" + HIT + ">" + HIT + "<") == [3, 1, 0, 2]
-    assert measured(MISS + "<8+2", cut=True) == [1, 0, 0, 0]
+    assert measured(MISS + "<8+2", truncated=True) == [1, 0, 0, 0]
     chance = countdown.hit_chance((3, 8, 2), 30)
     assert task.measure(problem, MISS + "<" + HIT + "!", False)["random_search"] == 2 * chance
     assert not task.thinks(HIT + "!")
@@ -199,7 +199,7 @@ def test_a_random_searcher_has_the_reward_of_random_search():
     for asked in problems(20_000):
         response = task.demonstrate(asked, rng)
         rewards.append(task.reward(asked, response))
-        of_random_search.append(task.measure(asked, response, cut=False)["random_search"])
+        of_random_search.append(task.measure(asked, response, truncated=False)["random_search"])
     assert sum(rewards) / 20_000 == pytest.approx(sum(of_random_search) / 20_000, abs=0.01)
 
 
