@@ -399,14 +399,13 @@ def choose(logits: Tensor, temperature: float, uniform: Tensor) -> tuple[Tensor,
     return chosen, probs.gather(1, chosen[:, None])[:, 0].log()
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def generate(model: MoETransformer, prompts: list[list[int]], group_size: int, max_new_tokens: int,
              temperature: float = 1.0, eos_id: int = -1, pad_id: int = 0,
              uniform: Tensor | None = None) -> Rollout:
-    """Sample `group_size` responses to each of P prompts, lists of token ids.
-
-    A response ends with `eos_id`, or is truncated after `max_new_tokens`. No top-k or top-p: scored
-    is what was sampled. `choose` explains the temperature and `uniform` (B, max_new_tokens)."""
+    """Sample `group_size` responses to each of P prompts, lists of token ids. A response ends with
+    `eos_id`, or is truncated after `max_new_tokens`. No top-k or top-p: scored is what was sampled.
+    `choose` explains the temperature and `uniform` (B, max_new_tokens)."""
     check_request(model.config, prompts, max_new_tokens, temperature)
     device = model.embed.weight.device
     # 1 Prefill: each prompt goes through the model once.
@@ -446,7 +445,8 @@ def generate(model: MoETransformer, prompts: list[list[int]], group_size: int, m
         logits = out.logits[:, 0]
         rollout.routes[rows, W + t] = out.routes[:, 0].to(torch.uint8)
 
-    # 4 Pack up, without the columns that no response has reached.
+    # 4 Pack up, as ordinary tensors again, without the columns that no response has reached.
     S = W + t + 1
-    return Rollout(rollout.tokens[:, :S], rollout.mask[:, :S], W, rollout.logp_old[:, :t + 1],
-                   rollout.routes[:, :S])
+    with torch.inference_mode(False):
+        return Rollout(rollout.tokens[:, :S].clone(), rollout.mask[:, :S].clone(), W,
+                       rollout.logp_old[:, :t + 1].clone(), rollout.routes[:, :S].clone())
