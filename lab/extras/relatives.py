@@ -63,16 +63,16 @@ def seq_mean_token_sum(lengths: Tensor) -> Tensor:
 ALGORITHMS |= {
     # GSPO for advantages per token; with one per response it equals gspo in value and gradient.
     "gspo_token": Algorithm(gspo_token, ALGORITHMS["gspo"].clip_range),             # 2507.18071
-    # No std, a constant for |y| (see Extra): it argues that both bias, to easy or to long.
+    # No std, and a constant for |y| (see Extra): it argues that both are biases.
     "dr_grpo": Algorithm(grpo, (0.2, 0.2), token_weights=seq_mean_token_sum),       # 2503.20783
     # More room upwards, for rare tokens; long responses count more.
-    "dapo": Algorithm(grpo, (0.2, 0.28), token_weights=token_mean),               # 2503.14476
+    "dapo": Algorithm(grpo, (0.2, 0.28), token_weights=token_mean),                 # 2503.14476
     # Weights from 0 to 5: no lower bound, as in the paper; the upper one is what TRL recommends.
-    "cispo": Algorithm(cispo, (1.0, 4.0), token_weights=token_mean),              # 2506.13585
+    "cispo": Algorithm(cispo, (1.0, 4.0), token_weights=token_mean),                # 2506.13585
     "gmpo": Algorithm(gmpo, (0.4, 0.4), per_token=False),                           # 2507.20673
     "sapo": Algorithm(sapo, (None, None)),                                          # 2511.20347
     # GSPO times |y|: it argues that GSPO's 1/|y| makes responses shrink.
-    "luspo": Algorithm(gspo, (2e-3, 2.5e-3), False, seq_mean_token_sum),  # 2602.05261
+    "luspo": Algorithm(gspo, (2e-3, 2.5e-3), False, seq_mean_token_sum),            # 2602.05261
     "reinforce": Algorithm(reinforce, (None, None)),
 }
 
