@@ -46,10 +46,11 @@ def group_advantages(rewards: Tensor) -> Tensor:
     if not torch.isfinite(rewards).all():
         raise ValueError(f"rewards must be finite numbers; these are {rewards.tolist()}")
     rewards = at_least_fp32(rewards)
+    rewards = rewards - rewards[:, :1]      # a large common part would round the differences away
     advantages = rewards - rewards.mean(dim=1, keepdim=True)               # (P, G)
     advantages = advantages / rewards.std(dim=1, keepdim=True)
     # Where all are equal that was 0/0, or what rounding has left of it.
-    equal = (rewards == rewards[:, :1]).all(dim=1, keepdim=True)           # (P, 1)
+    equal = (rewards == 0).all(dim=1, keepdim=True)                        # (P, 1)
     return torch.where(equal, 0.0, advantages)
 
 
@@ -103,11 +104,15 @@ def response_mean(x: Tensor, mask: Tensor) -> Tensor:
 
 
 def log_ratios(logp: Tensor, logp_old: Tensor, mask: Tensor) -> LogRatios:
-    """From log-probs (B, T) now and when sampled, for the mask (B, T) of booleans.
+    """From log-probs (B, T) now and when sampled, for the mask (B, T) of booleans. ValueError for
+    other shapes, which could broadcast.
 
     The sum of log w over a response would be the log of Eq. 7 without its power 1/|y|. The spread
     of a sum grows with the length: a range that clips few responses of 10 tokens would clip most of
     1000. A mean has one scale for all lengths."""
+    if not logp.shape == logp_old.shape == mask.shape:
+        raise ValueError(f"logp {tuple(logp.shape)}, logp_old {tuple(logp_old.shape)} and mask "
+                         f"{tuple(mask.shape)} must have one shape, (B, T)")
     # GSPO's clip range, 3e-3, is finer than bf16, whose steps above 1 are 8e-3: at least fp32.
     logp = at_least_fp32(torch.where(mask, logp, 0))
     logp_old = torch.where(mask, logp_old.detach(), 0).to(logp.dtype)
@@ -212,10 +217,11 @@ def policy_loss(algorithm: str, logp: Tensor, logp_old: Tensor, advantages: Tens
     entry = ALGORITHMS[algorithm]
     low = entry.clip_range[0] if clip_low is None else clip_low
     high = entry.clip_range[1] if clip_high is None else clip_high
-    if advantages.dim() == 1:
-        advantages = advantages[:, None]
-    elif not entry.per_token:
-        raise ValueError(f"{algorithm} has one advantage per response, (B,), not one per token")
+    if advantages.shape == mask.shape[:1]:
+        advantages = advantages[:, None]                                   # (B, 1)
+    elif advantages.shape != mask.shape or not entry.per_token:
+        raise ValueError(f"advantages {tuple(advantages.shape)} must be (B,)"
+                         f"{' or (B, T)' * entry.per_token}, with the mask {tuple(mask.shape)}")
     mask = mask > 0                                                        # of any dtype
     logs = log_ratios(logp, logp_old, mask)                                # (B, T) each
     A = torch.where(mask, advantages.detach().to(logs.logp.dtype), 0)      # (B, T)
@@ -226,8 +232,7 @@ def policy_loss(algorithm: str, logp: Tensor, logp_old: Tensor, advantages: Tens
     worth, clipped = entry.objective(logs, A, low, high)                       # (B, T) each
     # In GSPO all tokens of a response are worth the same, and each counts 1/(B |y|): their sum is
     # the one term for a response that Eq. 5 has.
-    per_response = torch.where(mask, worth, 0).sum(dim=1)                  # (B,)
-    J = (per_response * token_weights).sum()
+    J = (torch.where(mask, worth, 0).sum(dim=1) * token_weights).sum()
     return -J, clipped
 
 
@@ -268,8 +273,7 @@ def optimizer_step(parameters: list[nn.Parameter], optimizers: list[torch.optim.
     that it had. FloatingPointError, before anything has moved, if that is not finite."""
     grad_norm = nn.utils.clip_grad_norm_(parameters, max_grad_norm).item()
     if not isfinite(grad_norm):
-        raise FloatingPointError(f"the gradient has the length {grad_norm}; a lower learning rate "
-                                 "may help")
+        raise FloatingPointError(f"the gradient has length {grad_norm}; lower the learning rate")
     for optimizer in optimizers:
         optimizer.step()
     return grad_norm

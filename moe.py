@@ -388,8 +388,11 @@ def choose(logits: Tensor, temperature: float, uniform: Tensor) -> tuple[Tensor,
     """A token for each row of logits (rows, vocab_size), and its log-prob; (rows,) each.
 
     It is the first at which the cumulative probability exceeds the row's number `uniform` (rows,),
-    at least 0 and below 1; at temperature 0 the likeliest, with its log-prob at temperature 1."""
+    at least 0 and below 1; at temperature 0 the likeliest, with its log-prob at temperature 1.
+    FloatingPointError for logits that are not finite."""
     probs = (logits.float() / (temperature or 1.0)).softmax(dim=-1)     # (rows, vocab_size)
+    if probs.isnan().any():
+        raise FloatingPointError(f"logits in {logits.dtype} are not finite; try a wider precision")
     if temperature == 0:
         chosen = probs.argmax(dim=-1)                                   # (rows,)
     else:

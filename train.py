@@ -15,8 +15,7 @@
 
 All randomness follows from the seed, that of an RL step from the seed and its number. So after the
 cold start a checkpoint needs only the weights, the optimiser, the success rate of each kind of
-problem and the number of the last step to go on exactly as if nothing had happened (on a CPU, with
-as many threads).
+problem and the number of the last step to go on as if nothing had happened (on as many threads).
 """
 import random
 import time
@@ -34,7 +33,7 @@ import moe
 from data import demonstrations, tasks
 from data.queries import Queries
 from data.tokenizer import Tokenizer
-from lab import command_line, extras, inspection, report, runs
+from lab import command_line, extras, inspection, preflight, report, runs
 from lab.muon import Muon
 from lab.options import option
 
@@ -136,7 +135,6 @@ class Trainer:
         self.options = vars(config) | command_line.task_options(task)
         self.folder = Path(config.out)
         self.tokenizer = Tokenizer(tasks.vocabulary(config.task))
-        demonstrations.check(task, self.tokenizer, MAX_PROMPT, config.max_new_tokens)
         self.demonstrations = demonstrations.batches(task, self.tokenizer, config.seed,
                                                      config.cold_tokens)
         sizes = {field.name: getattr(config, field.name) for field in fields(ModelOptions)}
@@ -150,6 +148,7 @@ class Trainer:
         self.loss_terms = []            # of extras, as gspo.gradient adds them
         self.measured = {}              # by extras, in an RL step
         self.progress = {"step": 0}     # all that the report tells in the end
+        preflight.check(self, MAX_PROMPT, extras.COLUMNS["COLUMNS"])
 
     # ------------------------------------------------------------------------ 1 the cold start
 
@@ -193,8 +192,7 @@ class Trainer:
     # ------------------------------------------------------------------------ 2 the evaluation
 
     def evaluate(self) -> tuple[dict, list[Response]]:
-        """On held-out problems, 4 sampled responses to each and the greedy one -> numbers, and the
-        sampled responses."""
+        """4 sampled responses to each held-out problem and a greedy one -> numbers, the former."""
         problems = tasks.held_out_problems(self.task)
         generator = torch.Generator().manual_seed(self.config.seed)
         likeliest = self.sample(self.model, problems, 1, temperature=0.0)
@@ -298,6 +296,7 @@ class Trainer:
 
     def state_dict(self) -> dict:
         return {"options": self.options, "progress": self.progress,
+                "vocabulary": self.tokenizer.tokens,
                 "success_rates": self.queries.success_rates,
                 "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
 

@@ -12,8 +12,18 @@ import tiktoken
 
 
 class Tokenizer:
+    """ValueError for a vocabulary that has no <end> or no <pad>, or a token twice."""
     def __init__(self, path: Path = Path(__file__).parent / "vocabulary.txt"):
-        self.tokens = Path(path).read_text(encoding="utf-8").split()
+        self.tokens = Path(path).read_text(encoding="utf-8-sig").split()    # without a BOM
+        for token in self.tokens:
+            if self.tokens.count(token) > 1:
+                raise ValueError(f"{path} has the token {token} more than once; leave one")
+            if len(token) > 1 and not (token[0] == "<" and token[-1] == ">"):
+                raise ValueError(f"{path} has the token {token}; one of several characters stands "
+                                 "in angle brackets")
+        for token in ("<end>", "<pad>"):
+            if token not in self.tokens:
+                raise ValueError(f"{path} has no token {token}; add it in a line of its own")
         special = {token: i for i, token in enumerate(self.tokens) if len(token) > 1}
         characters = {token: i for i, token in enumerate(self.tokens) if len(token) == 1}
         self.encoding = tiktoken.Encoding(

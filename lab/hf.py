@@ -184,6 +184,8 @@ def last_checkpoint(run_folder: Path) -> tuple[MoETransformer, Tokenizer, int]:
     state = runs.load(run_folder / "checkpoint.pt", "name a folder that has a run")
     options = state["options"]
     tokenizer = Tokenizer(tasks.vocabulary(options["task"]))
+    if tokenizer.tokens != state["vocabulary"]:
+        raise ValueError(f"the vocabulary of task {options['task']!r} is no longer that of the run")
     sizes = {name: options[name] for name in SIZES if name in options}
     model = MoETransformer(MoEConfig(
         len(tokenizer.tokens), max_length=MAX_PROMPT + options["max_new_tokens"], **sizes))
@@ -207,7 +209,7 @@ def to_folder(run_folder: str, folder: str):
 def from_folder(folder: str) -> MoETransformer:
     """The model in a folder that `transformers` has saved."""
     from safetensors.torch import load_file
-    config = json.loads((Path(folder) / "config.json").read_text())
+    config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
     return from_hf(config, load_file(Path(folder) / "model.safetensors"))
 
 

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 from data import tasks
+from lab.options import fail
 
 HEADER = ("  step  reward  held-out  think  length   clip  no signal       kl  entropy  gradient"
           "  experts  tokens/s    left")
@@ -38,7 +39,7 @@ def mean(values):
 
 
 def read_table(path):
-    with open(path, newline="") as file:
+    with open(path, newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
 
@@ -172,14 +173,19 @@ def table_writer(path, columns, step):
     """A CSV file, open for more rows. A resumed run keeps the rows up to its checkpoint's step."""
     rows = []
     if path.exists() and step > 0:
-        lines, _, _ = path.read_text().rpartition("\n")     # the last line may have been cut
-        rows = [row for row in csv.DictReader(lines.splitlines()) if int(row["step"]) <= step]
+        # The last line may have been cut.
+        lines, _, _ = path.read_text(encoding="utf-8").rpartition("\n")
+        try:
+            rows = [row for row in csv.DictReader(lines.splitlines()) if int(row["step"]) <= step]
+        except (KeyError, ValueError):
+            fail(f"{path} is not as the run has left it; bring it back, or move it away")
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, columns, extrasaction="ignore")
     writer.writeheader()
     writer.writerows(rows)
     write(path, text.getvalue().encode())
-    file = open(path, "a", newline="", buffering=1)     # line by line, for those who look on
+    # Line by line, for those who look on.
+    file = open(path, "a", newline="", buffering=1, encoding="utf-8")
     return csv.DictWriter(file, columns, extrasaction="ignore")
 
 
@@ -256,11 +262,13 @@ def print_row(row, accuracy, left):
     """The line of an RL step under HEADER: `accuracy` of the last evaluation, seconds `left`."""
     def get(name):
         return row.get(name, 0.0)       # a step in which no group has a signal has no ratios
-    print(f"{row['step']:6}{row['reward']:8.3f}{accuracy:10.3f}{row['think']:7.2f}"
-          f"{row['length']:8.1f}{get('clip_low') + get('clip_high'):7.3f}{row['no_signal']:11.2f}"
-          f"{get('kl'):9.1e}{get('entropy'):9.3f}{get('grad_norm'):10.3f}"
-          f"{get('expert_change'):9.4f}{row['tokens_per_second']:10.0f}{clock(left):>8}",
-          flush=True)
+    clip = get("clip_low") + get("clip_high")
+    cells = (f"{row['step']:6}", f"{row['reward']:7.3f}", f"{accuracy:9.3f}",
+             f"{row['think']:6.2f}", f"{row['length']:7.1f}", f"{clip:6.3f}",
+             f"{row['no_signal']:10.2f}", f"{get('kl'):8.1e}", f"{get('entropy'):8.3f}",
+             f"{get('grad_norm'):9.3f}", f"{get('expert_change'):8.4f}",
+             f"{row['tokens_per_second']:9.0f}", f"{clock(left):>7}")
+    print(*cells, flush=True)
 
 
 def evaluation_lines(result):
@@ -296,7 +304,7 @@ def show(result, responses, folder=None, title=""):
     lines += [f"  {line}" for line in sample_lines(responses)]
     print(*lines, sep="\n")
     if folder:
-        with open(folder / "samples.txt", "a") as file:
+        with open(folder / "samples.txt", "a", encoding="utf-8") as file:
             print(title, *lines, sep="\n", end="\n\n", file=file)
 
 
@@ -322,20 +330,31 @@ def finish(folder, config, task, progress):
         print("  No curves.png: matplotlib is not installed.")
 
 
-def summary_lines(s, algorithm):
-    """summary.json in words."""
+def accuracy_lines(s, algorithm):
+    """The accuracies in words. Rewards that are not from 0 to 1 are no shares that are right."""
+    names = ("accuracy_teacher", "accuracy_cold_start", "accuracy", "accuracy_greedy")
+    rewards = [s[name] for name in names]
+    if min(rewards) < 0 or max(rewards) > 1:
+        yield ("Mean rewards: teacher {:.3f}, after imitation {:.3f}, after RL {:.3f}, greedy "
+               "{:.3f}.".format(*rewards))
+        return
     yield f"The teacher is right {s['accuracy_teacher']:.1%} of the time."
     yield (f"Imitating it, the model was right {s['accuracy_cold_start']:.1%} of the time on test "
            f"problems; it thought in {s['think_share_cold_start']:.0%} of its responses.")
     yield (f"{s['steps']} steps of RL with {algorithm} took it to {s['accuracy']:.1%} "
            f"({s['accuracy_greedy']:.1%} greedy), thinking in {s['think_share']:.0%}.")
+
+
+def summary_lines(s, algorithm):
+    """summary.json in words."""
+    yield from accuracy_lines(s, algorithm)
     yield f"A response has {s['length']:.1f} tokens; before RL it had {s['length_cold_start']:.1f}."
     if s["measures"]:
         changes = [f"{name} {before:.3f} → {s['measures'][name]:.3f}"
                    for name, before in s["measures_cold_start"].items()]
         yield f"Before and after RL: {', '.join(changes)}."
     yield (f"That took {clock(s['seconds'])} minutes, {clock(s['seconds_cold_start'])} of them the "
-           f"cold start, and {s['peak_memory_mib']} MiB of memory.")
+           f"cold start, and {s['peak_memory_mib'] or 'an unknown number of'} MiB of memory.")
 
 
 # ---------------------------------------------------------------------------- curves
@@ -434,7 +453,8 @@ def draw_panel(axis, title, named_lines, summary):
         axis.plot([step for step, _ in points], [value for _, value in points], **style)
     axis.set_title(title, fontsize=10)
     axis.set_xlabel("RL step")
-    axis.set_ylim(bottom=0)
+    if axis.dataLim.ymin >= 0:
+        axis.set_ylim(bottom=0)
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
 
@@ -446,8 +466,8 @@ def curves(folder, n_panels=None):
     matplotlib.use("Agg")       # no window, no display needed
     from matplotlib import pyplot as plt
     folder = Path(folder)
-    config = json.loads((folder / "config.json").read_text())
-    summary = json.loads((folder / "summary.json").read_text())
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     tables = [read_table(folder / f"{name}.csv") for name in ("metrics", "evaluations", "updates")]
     all_panels = list(panels(*tables, summary["measures"]).items())
     drawn = all_panels[:n_panels]

@@ -37,6 +37,19 @@ def save(path: Path, content: dict):
     report.write(path, buffer.getvalue())
 
 
+def check_state(state: dict):
+    """ValueError if a checkpoint with this content could not be read again: it holds tensors and
+    plain data."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    buffer.seek(0)
+    try:
+        torch.load(buffer, weights_only=True)
+    except Exception as error:
+        raise ValueError("a checkpoint can keep plain text and numbers only, but an option or the "
+                         f"kind of a problem is something else: {str(error)[:300]}") from None
+
+
 def load(path: Path, remedy: str) -> dict:
     """What `save` wrote: tensors and plain data, never code. One line and exit code 2, with the
     remedy, if it cannot be read."""
@@ -55,6 +68,9 @@ def load(path: Path, remedy: str) -> dict:
 
 def restore(trainer, state: dict):
     """Bring the trainer to a state that was loaded. ValueError if it does not fit."""
+    if state["vocabulary"] != trainer.tokenizer.tokens:
+        raise ValueError(f"the vocabulary of task {trainer.config.task!r} is no longer that of the "
+                         f"run in {trainer.folder}; bring it back, or name another run with --out")
     try:
         trainer.load_state_dict(state)
     except (RuntimeError, KeyError):
@@ -110,7 +126,7 @@ def lock(folder: Path):
         import fcntl
     except ImportError:
         return contextlib.nullcontext()
-    file = open(folder / "lock", "w")
+    file = open(folder / "lock", "w", encoding="utf-8")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -138,7 +154,9 @@ def alone_in(folder: Path):
 
 @contextlib.contextmanager
 def quiet_broken_pipe():
-    """Whoever read the output, such as `head`, has seen enough: no traceback."""
+    """Whoever read the output, such as `head`, has seen enough: no traceback. And a character that
+    the terminal or the pipe does not know becomes a question mark."""
+    sys.stdout.reconfigure(errors="replace")
     try:
         yield
         sys.stdout.flush()

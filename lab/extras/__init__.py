@@ -1,6 +1,5 @@
 """What the options can add to the core: one file each, which a reader can skip and a forker delete,
-together with its name below. With the default options only `metrics`, `cold_cache` (which keeps
-cold starts in out/) and `interrupts` are at work.
+together with its name below. By default metrics, cold_cache and interrupts are at work.
 
 A file has any of these:
 
@@ -45,6 +44,7 @@ import itertools
 import torch
 
 import gspo
+from lab.options import check_options
 
 # The first one is outermost: it is called first, and calls the next by super(). What encloses must
 # stand before what it encloses, and what replaces a method must stand behind all that call it. What
@@ -68,7 +68,6 @@ EXTRAS = [importlib.import_module(f"lab.extras.{name}") for name in NAMES]
 OPTIONS = [extra.Options for extra in EXTRAS if hasattr(extra, "Options")]
 
 def all_of(kind):
-    """All names that the extras have under one of the headings above."""
     return list(itertools.chain(*(getattr(extra, kind, ()) for extra in EXTRAS)))
 
 
@@ -85,6 +84,7 @@ class Scorer:       # stands between the extras and Trainer
 def extend(Trainer, config):
     """The class Trainer with the extras that the options ask for. ValueError if one of them would
     hide what another one does: a method that does not call super() ends the chain."""
+    check_options(config)
     Trainer = type("Trainer", (Scorer, Trainer), {})
     wanted = [extra.Extra for extra in EXTRAS if extra.wanted(config)]
     replaced_by = {}            # name of a method -> the extra that ends its chain

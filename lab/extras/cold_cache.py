@@ -11,6 +11,7 @@ import gspo
 import moe
 from data import demonstrations, tokenizer
 from lab import muon, runs
+from lab.command_line import task_options
 from lab.options import option
 
 OTHER_OPTIONS = ("seed", "threads", "max_grad_norm", "max_new_tokens")
@@ -35,10 +36,12 @@ class Extra:
             if group.__name__ in ("ModelOptions", "ColdStartOptions"):
                 names += [field.name for field in dataclasses.fields(group)]
         Trainer = type(self).__mro__[-2]        # the core's, behind all extras
-        modules = (moe, gspo, muon, demonstrations, tokenizer, inspect.getmodule(type(self.task)),
-                   inspect.getmodule(Trainer))
+        task = inspect.getmodule(type(self.task))
+        helpers = {inspect.getmodule(x) for x in vars(task).values()}       # that a task imports
+        modules = [moe, gspo, muon, demonstrations, tokenizer, inspect.getmodule(Trainer), task]
+        modules += sorted((x for x in helpers if x and x.__name__.startswith("data.")), key=str)
         code = [Path(inspect.getsourcefile(module)).read_bytes() for module in modules]
-        parts = ({name: self.options[name] for name in names}, vars(self.task), code,
+        parts = ({name: self.options[name] for name in names}, task_options(self.task), code,
                  self.tokenizer.tokens, torch.__version__, self.model.embed.weight.device.type,
                  os.environ.get("WORLD_SIZE"))
         return Path(f"out/cold-{hashlib.sha256(repr(parts).encode()).hexdigest()[:12]}.pt")
@@ -47,9 +50,12 @@ class Extra:
         return path.exists() and not self.config.fresh
 
     def keep(self, path: Path):
-        path.parent.mkdir(exist_ok=True)
-        runs.save(path, {"model": self.model.state_dict(),
-                         "seconds": self.progress["seconds_cold_start"]})
+        try:
+            path.parent.mkdir(exist_ok=True)
+            runs.save(path, {"model": self.model.state_dict(),
+                             "seconds": self.progress["seconds_cold_start"]})
+        except OSError as error:        # the run itself has its own folder
+            print(f"  the cold start is not kept for later runs: {error}")
 
     def cold_start(self):
         path = self.path()

@@ -44,7 +44,11 @@ def gae(rewards: Tensor, values: Tensor, gamma: float, lam: float) -> Tensor:
 def value_loss(values: Tensor, values_old: Tensor, returns: Tensor, mask: Tensor,
                weights: Tensor) -> Tensor:
     """Half the squared error of values (B, T), summed with weights (B,) to a scalar; a move beyond
-    VALUE_CLIP gains nothing."""
+    VALUE_CLIP gains nothing. ValueError for other shapes, which could broadcast."""
+    if not values.shape == values_old.shape == returns.shape == mask.shape:
+        raise ValueError(f"values {tuple(values.shape)}, values_old {tuple(values_old.shape)}, "
+                         f"returns {tuple(returns.shape)} and mask {tuple(mask.shape)} must be "
+                         "(B, T)")
     near = values_old + (values - values_old).clamp(-VALUE_CLIP, VALUE_CLIP)
     error = torch.maximum((values - returns) ** 2, (near - returns) ** 2) / 2
     return (torch.where(mask, error, 0).sum(dim=1) * weights).sum()

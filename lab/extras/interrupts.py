@@ -2,6 +2,7 @@
 does not wait. An error in a step says which step it was, and where the last checkpoint is."""
 import signal
 import sys
+import threading
 
 from lab import runs
 
@@ -21,8 +22,10 @@ class Extra:
 
     def rl(self):
         self.saved_step = self.progress["step"]
-        signal.signal(signal.SIGINT, self.catch)
-        signal.signal(signal.SIGTERM, self.catch)
+        self.handlers = {}              # those of the caller, which come back
+        if threading.current_thread() is threading.main_thread():       # no other may catch signals
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.handlers[number] = signal.signal(number, self.catch)
         try:
             super().rl()
         finally:
@@ -33,8 +36,8 @@ class Extra:
         self.stop_catching()
 
     def stop_catching(self):
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
 
     def must_stop(self) -> bool:
         return self.asked_to_stop

@@ -20,7 +20,7 @@ class Options:
 
 def gspo_token(logs: LogRatios, A: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
     # Eq. 13-14: the value is s, the gradient that of the token alone.
-    zero = logs.logp - logs.logp.detach()       # but its gradient is not
+    zero = (logs.logp - logs.logp.detach()).nan_to_num()    # but its gradient is not
     return clip(zero + logs.log_s.detach(), A, low, high)
 
 

@@ -4,8 +4,8 @@ import shutil
 import pytest
 
 import train as train_py
-from data import arithmetic, demonstrations
-from lab import report
+from data import arithmetic
+from lab import preflight, report
 from lab.tests.tools import SHORT, do_nothing, few_held_out, no_curves
 
 
@@ -31,7 +31,7 @@ def train(tmp_path, monkeypatch, cold_starts):
         with monkeypatch.context() as patch:
             if arguments[:len(SHORT)] == SHORT:
                 shutil.copytree(cold_starts, "out", dirs_exist_ok=True)
-                patch.setattr(demonstrations, "check", do_nothing)
+                patch.setattr(preflight, "check", do_nothing)
             try:
                 return train_py.main(arguments) or 0
             except SystemExit as stop:

@@ -9,7 +9,8 @@ import torch
 import gspo
 import moe
 from data import arithmetic
-from lab.tests.tools import SHORT, metrics, signal_at
+from lab import preflight
+from lab.tests.tools import SHORT, do_nothing, metrics, signal_at
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -60,6 +61,7 @@ def test_a_reward_that_is_no_number_stops_the_run_and_keeps_the_checkpoint(train
     def no_number(self, problem, response):
         return nan
     monkeypatch.setattr(arithmetic.Task, "reward", no_number)
+    monkeypatch.setattr(preflight, "check", do_nothing)         # which would see it
     message = train("--resume", "--steps", "5")
     assert "step 3: rewards must be finite" in message
     assert "out/run-1/checkpoint.pt has the model as it was after step 2" in message
@@ -70,5 +72,5 @@ def test_a_cold_start_that_is_not_finite_says_so(train, monkeypatch):
         return router_logits.sum() * nan
     monkeypatch.setattr(moe, "balance_loss", no_number)
     message = train(*SHORT, "1", "--fresh")
-    assert "cold start: the gradient has the length nan" in message
+    assert "cold start: the gradient has length nan" in message
     assert "there is no checkpoint yet" in message

@@ -1,0 +1,1 @@
+"""Tasks, tokenizer, demonstrations: what is learned."""

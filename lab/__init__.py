@@ -1,0 +1,1 @@
+"""The desk: command line, options, reports; and the rooms of extras, studies and tests."""
