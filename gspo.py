@@ -49,7 +49,7 @@ def group_advantages(rewards: Tensor) -> Tensor:
     rewards = rewards - rewards[:, :1]      # a large common part would round the differences away
     advantages = rewards - rewards.mean(dim=1, keepdim=True)               # (P, G)
     advantages = advantages / rewards.std(dim=1, keepdim=True)
-    # Where all are equal that was 0/0, or what rounding has left of it.
+    # Where all are equal that was 0/0.
     equal = (rewards == 0).all(dim=1, keepdim=True)                        # (P, 1)
     return torch.where(equal, 0.0, advantages)
 
@@ -59,7 +59,7 @@ def group_advantages(rewards: Tensor) -> Tensor:
 class Scores(NamedTuple):
     """Responses under the model as it is now."""
     logp: Tensor            # (B, T) log-prob of each token, 0 in padding
-    entropy: Tensor         # (B, T) of the distribution that the model has for it, in nats
+    entropy: Tensor         # (B, T) of the model's distribution there, in nats; not 0 in padding
     hidden: Tensor          # (B, T, D) what its logits are made of
     routes: Tensor          # (B, S, L, K), of prompt and response
     router_logits: Tensor   # (B, S, L, E)
@@ -88,12 +88,11 @@ def score(model: MoETransformer, rollout: Rollout, temperature: float = 1.0,
 # ---------------------------------------------------------------------------- 3 ratios
 
 class LogRatios(NamedTuple):
-    """How much likelier the responses are now than when they were sampled, and two things more that
-    some objectives need. All (B, T)."""
+    """How much likelier the responses are now than when they were sampled, all (B, T)."""
     log_w: Tensor       # of each token, the log of Eq. 3; 0 in padding
     log_s: Tensor       # its mean over the response, the log of Eq. 7, repeated along the whole row
-    logp: Tensor        # of each token under the model as it is now
-    mask: Tensor        # True for tokens of a response
+    logp: Tensor        # of each token under the model as it is now; for lab/extras/relatives.py
+    mask: Tensor        # True for tokens of a response; likewise
 
 
 def response_mean(x: Tensor, mask: Tensor) -> Tensor:
@@ -107,9 +106,9 @@ def log_ratios(logp: Tensor, logp_old: Tensor, mask: Tensor) -> LogRatios:
     """From log-probs (B, T) now and when sampled, for the mask (B, T) of booleans. ValueError for
     other shapes, which could broadcast.
 
-    The sum of log w over a response would be the log of Eq. 7 without its power 1/|y|. The spread
-    of a sum grows with the length: a range that clips few responses of 10 tokens would clip most of
-    1000. A mean has one scale for all lengths."""
+    Without the power 1/|y| of Eq. 7, log s would be a sum over the tokens and grow with the length,
+    like |y| if all move alike: a range that clips few responses of 10 tokens would clip most of
+    1000. A mean is of the size of one token's log w, or less where their moves cancel out."""
     if not logp.shape == logp_old.shape == mask.shape:
         raise ValueError(f"logp {tuple(logp.shape)}, logp_old {tuple(logp_old.shape)} and mask "
                          f"{tuple(mask.shape)} must have one shape, (B, T)")
@@ -196,8 +195,8 @@ def policy_loss(algorithm: str, logp: Tensor, logp_old: Tensor, advantages: Tens
                          elsewhere, be it NaN, is ignored. A row without tokens is worth 0, but
                          counts as a response.
     clip_low, clip_high  by default those of ALGORITHMS
-    token_weights (B,)   how much each token of a response counts, if the rows are only a part of
-                         the mini-batch; by default as in ALGORITHMS
+    token_weights (B,)   how much each token of a response counts, if these rows are only a part of
+                         a mini-batch; by default what ALGORITHMS has for a whole one
 
     Two responses, of 3 tokens and of 2. The first is good (A = 1) and has become likelier, beyond
     the clip range. The second is bad (A = -1) and has become likelier too: it keeps its gradient.
@@ -284,11 +283,11 @@ def optimizer_step(parameters: list[nn.Parameter], optimizers: list[torch.optim.
 def update(model: MoETransformer, optimizer: torch.optim.Optimizer, rollout: Rollout, config,
            loss_terms: Sequence[Callable] = (), add_gradient: Callable = gradient,
            make_step: Callable = optimizer_step) -> list[Learned]:
-    """One optimiser step for each mini-batch of whole groups in which somebody has an advantage,
-    from the first group to the last; and again in each further epoch.
+    """One optimiser step for each mini-batch of whole groups, from the first group to the last, and
+    again in each further epoch. None for one without advantages, if there are no loss_terms.
 
-    The rollout must have logp_old, routes and advantages; `config` has the options of
-    train.RLOptions, with at most as many mini_batches as groups. train.py passes its own
+    The rollout must have logp_old and advantages, and routes to be replayed; `config` has the
+    options of train.RLOptions, with at most as many mini_batches as groups. train.py passes its own
     `add_gradient` and `make_step`: the two functions above, and more if an option asks for it."""
     parameters = []
     for param_group in optimizer.param_groups:

@@ -21,7 +21,7 @@ layer computes only the real tokens, as one flat list: see `unpad` and `pad`.
 
 The letters in shape comments, to which the sampler below adds its own:
     B rows    N real tokens of a call: those that are not padding
-    S columns so far, those in a cache included; `new` of them are in this call, all without a cache
+    `new` columns of a call    S all columns: first those in a cache, then the new ones
     L layers    E experts    K active experts    D width of the model    H query heads of width C
 """
 import copy
@@ -389,7 +389,7 @@ def choose(logits: Tensor, temperature: float, uniform: Tensor) -> tuple[Tensor,
 
     It is the first at which the cumulative probability exceeds the row's number `uniform` (rows,),
     at least 0 and below 1; at temperature 0 the likeliest, with its log-prob at temperature 1.
-    FloatingPointError for logits that are not finite."""
+    FloatingPointError for logits of which no probabilities can be made."""
     probs = (logits.float() / (temperature or 1.0)).softmax(dim=-1)     # (rows, vocab_size)
     if probs.isnan().any():
         raise FloatingPointError(f"logits in {logits.dtype} are not finite; try a wider precision")

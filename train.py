@@ -66,7 +66,7 @@ class ColdStartOptions:
 @dataclass
 class RLOptions:
     """RL"""
-    # gspo.ALGORITHMS has the rows of the extras too, which the import above has added.
+    # Importing the extras, above, has added their rows to gspo.ALGORITHMS.
     algorithm: str = option("gspo", "the objective", choices=tuple(gspo.ALGORITHMS))
     steps: int = option(200, "RL steps: until held-out accuracy hardly rises any more", 0)
     queries: str = option("adaptive", "kinds of problem to ask: above all those that are sometimes "
@@ -74,7 +74,7 @@ class RLOptions:
                           choices=("adaptive", "uniform"))
     prompts: int = option(32, "problems in a step", 1)
     group_size: int = option(8, "responses to a problem, compared with each other", 2)
-    mini_batches: int = option(4, "optimiser steps per rollout, as in the paper; with many GSPO is "
+    mini_batches: int = option(4, "optimiser steps per pass, as in the paper; with many GSPO is "
                                "ahead of GRPO", 1)
     epochs: int = option(1, "passes over a rollout, as in PPO", 1, 100)
     lr: float = option(3e-4, "learning rate: the policy must stay near the one that sampled", 0, 1)
@@ -148,7 +148,7 @@ class Trainer:
         self.loss_terms = []            # of extras, as gspo.gradient adds them
         self.measured = {}              # by extras, in an RL step
         self.progress = {"step": 0}     # all that the report tells in the end
-        preflight.check(self, MAX_PROMPT, extras.COLUMNS["COLUMNS"])
+        preflight.check(self, MAX_PROMPT, extras.COLUMNS["metrics"])
 
     # ------------------------------------------------------------------------ 1 the cold start
 
@@ -192,7 +192,7 @@ class Trainer:
     # ------------------------------------------------------------------------ 2 the evaluation
 
     def evaluate(self) -> tuple[dict, list[Response]]:
-        """4 sampled responses to each held-out problem and a greedy one -> numbers, the former."""
+        """4 sampled responses to each held-out problem and a greedy one -> numbers; the sampled."""
         problems = tasks.held_out_problems(self.task)
         generator = torch.Generator().manual_seed(self.config.seed)
         likeliest = self.sample(self.model, problems, 1, temperature=0.0)
@@ -257,6 +257,7 @@ class Trainer:
         rewards = rollout.rewards.view(-1, self.config.group_size)          # (P, G)
         return gspo.group_advantages(rewards).flatten()
 
+    # Methods, so that extras can override them.
     gradient = staticmethod(gspo.gradient)
     optimizer_step = staticmethod(gspo.optimizer_step)
     measure = staticmethod(report.update_metrics)

@@ -203,12 +203,12 @@ class Log:
         self.seconds_before = progress.setdefault("seconds_rl", 0.0)
         self.began = time.time()
         measures = list(progress["evaluation"]["measures"])
-        layers = itertools.product(extra["LAYER_COLUMNS"], range(options["n_layer"]))
+        layers = itertools.product(extra["layers"], range(options["n_layer"]))
         layered = [f"{name}_{layer}" for name, layer in layers]
         self.metrics = table_writer(folder / "metrics.csv", [
-            *COLUMNS, *extra["COLUMNS"], *measures], self.start)
+            *COLUMNS, *extra["metrics"], *measures], self.start)
         self.updates = table_writer(folder / "updates.csv", [
-            *UPDATE_COLUMNS, *extra["UPDATE_COLUMNS"], *layered], self.start)
+            *UPDATE_COLUMNS, *extra["updates"], *layered], self.start)
         self.evaluations = table_writer(folder / "evaluations.csv", EVALUATION_COLUMNS, self.start)
         if self.start == 0:
             self.write_evaluation(0, progress["first_evaluation"])

@@ -1,5 +1,5 @@
 """What the options can add to the core: one file each, which a reader can skip and a forker delete,
-together with its name below. By default metrics, cold_cache and interrupts are at work.
+together with its name below. metrics, cold_cache and interrupts are always at work.
 
 A file has any of these:
 
@@ -22,8 +22,7 @@ An Extra may override these methods of train.Trainer:
     optimizer_step(parameters, optimizers, max_grad_norm)       gspo.optimizer_step; cold start too
     score(model, rollout, replay)                   gspo.score for extras, without a gradient
     measure(learned)            the rows of updates.csv, from what gspo.update returns
-    cold_start(), evaluate(), rl_step(step), rl(), run()        the stages
-    state_dict(), load_state_dict(state)            all that is needed to go on
+    cold_start(), evaluate(), rl_step(step), rl(), run(), state_dict(), load_state_dict(state)
 
 and may add to two of its attributes in its own __init__(self, *arguments):
 
@@ -71,7 +70,8 @@ def all_of(kind):
     return list(itertools.chain(*(getattr(extra, kind, ()) for extra in EXTRAS)))
 
 
-COLUMNS = {kind: all_of(kind) for kind in ("COLUMNS", "UPDATE_COLUMNS", "LAYER_COLUMNS")}
+COLUMNS = {"metrics": all_of("COLUMNS"),
+           "updates": all_of("UPDATE_COLUMNS"), "layers": all_of("LAYER_COLUMNS")}
 ROUTING_REPLAY = all_of("ROUTING_REPLAY")
 
 
@@ -85,8 +85,8 @@ def extend(Trainer, config):
     """The class Trainer with the extras that the options ask for. ValueError if one of them would
     hide what another one does: a method that does not call super() ends the chain."""
     check_options(config)
-    Trainer = type("Trainer", (Scorer, Trainer), {})
     wanted = [extra.Extra for extra in EXTRAS if extra.wanted(config)]
+    Trainer = type("Trainer", (Scorer, Trainer), {})
     replaced_by = {}            # name of a method -> the extra that ends its chain
     for Extra in wanted:
         for name, method in vars(Extra).items():

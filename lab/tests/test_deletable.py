@@ -87,7 +87,7 @@ def test_without_an_extra_a_run_has_the_same_numbers(copies, name):
 
 def test_with_an_extra_its_options_and_columns_go(copies):
     with open(f"{copies['nothing']}/run/metrics.csv") as file:
-        assert set(extras.COLUMNS["COLUMNS"]) < set(file.readline().strip().split(","))
+        assert set(extras.COLUMNS["metrics"]) < set(file.readline().strip().split(","))
     with open(f"{copies['all']}/run/metrics.csv") as file:
         assert tuple(file.readline().strip().split(",")) == report.COLUMNS
     with open(f"{copies['all']}/run/config.json") as file:
