@@ -1,6 +1,5 @@
-"""Many processes: torchrun --nproc_per_node=2 train.py. Each has the whole model, and its share of
-the demonstrations and groups. Gradients are averaged before every step, so that all models stay
-equal; logged numbers are averaged too. Process 0 prints and leaves files."""
+"""Many processes: torchrun --nproc_per_node=2 train.py. Each has the whole model and a share of the
+demonstrations and groups; gradients and logged numbers are averaged. Process 0 leaves files."""
 import dataclasses
 import itertools
 import os
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 import gspo
 from lab.report import mean_row
@@ -37,7 +37,6 @@ class Extra:
         self.options |= vars(config)
         self.demonstrations = itertools.islice(self.demonstrations, self.rank, None, self.n)
         entry = gspo.ALGORITHMS[config.algorithm]
-
         def token_weights(lengths):
             """As if one process had the rows of all; times n, because gradients are averaged."""
             of_all = lengths.new_tensor(self.gather(lengths.tolist()))      # (n, rows)
@@ -65,10 +64,12 @@ class Extra:
         return None if nobody else learned or gspo.Learned(batch, None, 0.0, None)
 
     def optimizer_step(self, parameters, optimizers, max_grad_norm):
-        for p in parameters:
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-            dist.all_reduce(p.grad)
-            p.grad /= self.n
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        flat = parameters_to_vector(gradients)          # one message takes less time than many
+        dist.all_reduce(flat)
+        vector_to_parameters(flat / self.n, gradients)
+        for p, gradient in zip(parameters, gradients):
+            p.grad = gradient
         return super().optimizer_step(parameters, optimizers, max_grad_norm)
 
     def measure(self, learned):
@@ -86,7 +87,6 @@ class Extra:
                 raise
             sys.exit("train.py: another process is gone; --resume goes on from the last checkpoint")
 
-    # What all do together, for interrupts, cold_cache and critic:
     def must_stop(self):
         return any(self.gather(super().must_stop()))
 
