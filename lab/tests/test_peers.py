@@ -265,7 +265,7 @@ def test_verl_group_advantages(verl, scale):
         norm_adv_by_std_in_grpo=scale == "std")
     ours = gspo.group_advantages(rewards).flatten()
     if scale == "none":
-        trainer = SimpleNamespace(config=SimpleNamespace(algorithm="reinforce", group_size=8))
+        trainer = SimpleNamespace(config=SimpleNamespace(scale="none", group_size=8))
         rollout = SimpleNamespace(rewards=rewards.flatten())
         ours = relatives.Extra.advantages(trainer, rollout)
     assert_close(ours, theirs[:, 0], rtol=1e-9, atol=1e-12)
