@@ -43,10 +43,11 @@ def group_advantages(rewards: Tensor) -> Tensor:
     TRL and verl but without their epsilon: [1, 0, 0, 0] -> [1.5, -0.5, -0.5, -0.5]. A group whose
     rewards are all equal teaches nothing and gets exactly 0. ValueError for rewards that are not
     finite."""
-    if not torch.isfinite(rewards).all():
-        raise ValueError(f"rewards must be finite numbers; these are {rewards.tolist()}")
-    rewards = at_least_fp32(rewards)
-    rewards = rewards - rewards[:, :1]      # a large common part would round the differences away
+    if rewards.dim() != 2 or not torch.isfinite(rewards).all():
+        raise ValueError(f"rewards must be finite numbers (P, G); these are {rewards.tolist()}")
+    if not rewards.is_floating_point():     # a large common part would round the differences away
+        rewards = rewards.long() - rewards[:, :1].long()
+    rewards = at_least_fp32(rewards) - at_least_fp32(rewards[:, :1])
     advantages = rewards - rewards.mean(dim=1, keepdim=True)               # (P, G)
     advantages = advantages / rewards.std(dim=1, keepdim=True)
     # Where all are equal that was 0/0.
@@ -219,14 +220,14 @@ def policy_loss(algorithm: str, logp: Tensor, logp_old: Tensor, advantages: Tens
     if advantages.shape == mask.shape[:1]:
         advantages = advantages[:, None]                                   # (B, 1)
     elif advantages.shape != mask.shape or not entry.per_token:
-        raise ValueError(f"advantages {tuple(advantages.shape)} must be (B,)"
-                         f"{' or (B, T)' * entry.per_token}, with the mask {tuple(mask.shape)}")
+        raise ValueError(f"advantages {tuple(advantages.shape)} do not fit {tuple(mask.shape)}")
     mask = mask > 0                                                        # of any dtype
     logs = log_ratios(logp, logp_old, mask)                                # (B, T) each
     A = torch.where(mask, advantages.detach().to(logs.logp.dtype), 0)      # (B, T)
     if token_weights is None:
-        lengths = mask.sum(dim=1).clamp(min=1).to(A.dtype)
-        token_weights = entry.token_weights(lengths)                       # (B,)
+        token_weights = entry.token_weights(mask.sum(dim=1).clamp(min=1).to(A.dtype))      # (B,)
+    if token_weights.shape != mask.shape[:1]:
+        raise ValueError(f"token_weights {tuple(token_weights.shape)} for mask {tuple(mask.shape)}")
 
     worth, clipped = entry.objective(logs, A, low, high)                       # (B, T) each
     # In GSPO all tokens of a response are worth the same, and each counts 1/(B |y|): their sum is
@@ -286,9 +287,9 @@ def update(model: MoETransformer, optimizer: torch.optim.Optimizer, rollout: Rol
     """One optimiser step for each mini-batch of whole groups, from the first group to the last, and
     again in each further epoch. None for one without advantages, if there are no loss_terms.
 
-    The rollout must have logp_old and advantages, and routes to be replayed; `config` has the
-    options of train.RLOptions, with at most as many mini_batches as groups. train.py passes its own
-    `add_gradient` and `make_step`: the two functions above, and more if an option asks for it."""
+    The rollout has logp_old and advantages, and routes to be replayed; `config` is a
+    train.RLOptions, with no more mini_batches than groups. train.py passes its own `add_gradient`
+    and `make_step`: the two functions above, and more if an option asks for it."""
     parameters = []
     for param_group in optimizer.param_groups:
         parameters += param_group["params"]

@@ -93,8 +93,8 @@ def turns_at(positions: Tensor, config: MoEConfig) -> Tensor:
     """How rotary positions (2104.09864) turn a head: for the positions (N,) of tokens, the complex
     numbers of length 1 (N, 1, C/2) to multiply it with. In fp32, whatever the weights are in."""
     C = config.d_model // config.n_head
-    frequency = config.rope_theta ** (-torch.arange(0, C, 2, device=positions.device) / C)
-    angle = positions[:, None, None] * frequency                        # (N, 1, C/2)
+    frequency = config.rope_theta ** (-torch.arange(0, C, 2, device=positions.device).float() / C)
+    angle = positions[:, None, None].float() * frequency                # (N, 1, C/2)
     return torch.polar(torch.ones_like(angle), angle)
 
 
@@ -276,7 +276,7 @@ class MoETransformer(nn.Module):
             routes_of_layers.append(active)                             # (N, K)
             logits_of_layers.append(router_logits)                      # (N, E)
 
-        first = 0 if logits_to_keep is None else new - logits_to_keep
+        first = 0 if logits_to_keep is None else max(0, new - logits_to_keep)
         hidden = self.norm(pad(x, cells, (B, new))[:, first:])
         return Output(self.unembed(hidden), hidden,
                       pad(torch.stack(routes_of_layers, dim=1), cells, (B, new)),
@@ -377,8 +377,8 @@ def check_request(config: MoEConfig, prompts: list[list[int]], max_new_tokens: i
         if not prompt or min(prompt) < 0 or max(prompt) >= config.vocab_size:
             raise ValueError(f"a prompt is {prompt}; it must be one or more token ids from 0 to "
                              f"{config.vocab_size - 1}")
-    if max_new_tokens < 1 or temperature < 0:
-        raise ValueError(f"{max_new_tokens=} must be at least 1, {temperature=} at least 0")
+    if not (prompts and max_new_tokens >= 1 and temperature >= 0):
+        raise ValueError(f"{max_new_tokens=} and prompts must be at least 1, {temperature=} 0")
     columns = max(map(len, prompts)) + max_new_tokens
     if columns > config.max_length:
         raise ValueError(f"prompt + max_new_tokens = {columns} > max_length = {config.max_length}")
@@ -424,7 +424,7 @@ def generate(model: MoETransformer, prompts: list[list[int]], group_size: int, m
     rollout = start.select(prompt_of_row)                               # B rows
     routes = out.routes[prompt_of_row].to(torch.uint8)                  # (B, W, L, K)
     rollout.routes = F.pad(routes, (0, 0, 0, 0, 0, max_new_tokens))     # (B, S, L, K)
-    rollout.logp_old = torch.zeros(rollout.response.shape, device=device)       # (B, T)
+    rollout.logp_old = torch.zeros_like(rollout.response, dtype=torch.float32)  # (B, T)
 
     # 3 Loop: choose a token for each row, drop the rows that end with it, compute the others.
     # Each row has random numbers of its own: that one row ends changes nothing for the others.

@@ -257,7 +257,6 @@ class Trainer:
         rewards = rollout.rewards.view(-1, self.config.group_size)          # (P, G)
         return gspo.group_advantages(rewards).flatten()
 
-    # Methods, so that extras can override them.
     gradient = staticmethod(gspo.gradient)
     optimizer_step = staticmethod(gspo.optimizer_step)
     measure = staticmethod(report.update_metrics)

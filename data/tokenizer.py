@@ -14,7 +14,10 @@ import tiktoken
 class Tokenizer:
     """ValueError for a vocabulary that has no <end> or no <pad>, or a token twice."""
     def __init__(self, path: Path = Path(__file__).parent / "vocabulary.txt"):
-        self.tokens = Path(path).read_text(encoding="utf-8-sig").split()    # without a BOM
+        try:
+            self.tokens = Path(path).read_text(encoding="utf-8-sig").split()    # without a BOM
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is not UTF-8 ({error}); save it as that") from None
         for token in self.tokens:
             if self.tokens.count(token) > 1:
                 raise ValueError(f"{path} has the token {token} more than once; leave one")
@@ -24,6 +27,8 @@ class Tokenizer:
         for token in ("<end>", "<pad>"):
             if token not in self.tokens:
                 raise ValueError(f"{path} has no token {token}; add it in a line of its own")
+        if max(map(len, self.tokens)) == min(map(len, self.tokens)):
+            raise ValueError(f"{path} has no token of a single character; add some")
         special = {token: i for i, token in enumerate(self.tokens) if len(token) > 1}
         characters = {token: i for i, token in enumerate(self.tokens) if len(token) == 1}
         self.encoding = tiktoken.Encoding(

@@ -174,8 +174,8 @@ def table_writer(path, columns, step):
     rows = []
     if path.exists() and step > 0:
         # The last line may have been cut.
-        lines, _, _ = path.read_text(encoding="utf-8").rpartition("\n")
         try:
+            lines, _, _ = path.read_text(encoding="utf-8").rpartition("\n")
             rows = [row for row in csv.DictReader(lines.splitlines()) if int(row["step"]) <= step]
         except (KeyError, ValueError):
             fail(f"{path} is not as the run has left it; bring it back, or move it away")

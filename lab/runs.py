@@ -37,19 +37,6 @@ def save(path: Path, content: dict):
     report.write(path, buffer.getvalue())
 
 
-def check_state(state: dict):
-    """ValueError if a checkpoint with this content could not be read again: it holds tensors and
-    plain data."""
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    buffer.seek(0)
-    try:
-        torch.load(buffer, weights_only=True)
-    except Exception as error:
-        raise ValueError("a checkpoint can keep plain text and numbers only, but an option or the "
-                         f"kind of a problem is something else: {str(error)[:300]}") from None
-
-
 def load(path: Path, remedy: str) -> dict:
     """What `save` wrote: tensors and plain data, never code. One line and exit code 2, with the
     remedy, if it cannot be read."""
@@ -71,6 +58,12 @@ def restore(trainer, state: dict):
     if state["vocabulary"] != trainer.tokenizer.tokens:
         raise ValueError(f"the vocabulary of task {trainer.config.task!r} is no longer that of the "
                          f"run in {trainer.folder}; bring it back, or name another run with --out")
+    measures = state["progress"]["evaluation"]["measures"]
+    names = getattr(trainer, "measure_names", set(measures))
+    if names != set(measures):
+        raise ValueError(f"task {trainer.config.task!r} measures {sorted(names)}, but did "
+                         f"{sorted(measures)} in the run in {trainer.folder}; bring it back, or "
+                         "name another run with --out")
     try:
         trainer.load_state_dict(state)
     except (RuntimeError, KeyError):
@@ -107,7 +100,10 @@ def clear(folder: Path):
 
 @contextlib.contextmanager
 def bad_input_in_one_line():
-    """What the options or files lead to, before any work: one line and exit code 2."""
+    """What the options or files lead to, before any work: one line and exit code 2. And what the
+    terminal cannot show becomes a question mark, from here on."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")
     try:
         yield
     except BrokenPipeError:
@@ -154,9 +150,7 @@ def alone_in(folder: Path):
 
 @contextlib.contextmanager
 def quiet_broken_pipe():
-    """Whoever read the output, such as `head`, has seen enough: no traceback. And a character that
-    the terminal or the pipe does not know becomes a question mark."""
-    sys.stdout.reconfigure(errors="replace")
+    """Whoever read the output, such as `head`, has seen enough: no traceback."""
     try:
         yield
         sys.stdout.flush()

@@ -36,11 +36,10 @@ class Extra:
             if group.__name__ in ("ModelOptions", "ColdStartOptions"):
                 names += [field.name for field in dataclasses.fields(group)]
         Trainer = type(self).__mro__[-2]        # the core's, behind all extras
-        task = inspect.getmodule(type(self.task))
-        helpers = {inspect.getmodule(x) for x in vars(task).values()}       # that a task imports
-        modules = [moe, gspo, muon, demonstrations, tokenizer, inspect.getmodule(Trainer), task]
-        modules += sorted((x for x in helpers if x and x.__name__.startswith("data.")), key=str)
-        code = [Path(inspect.getsourcefile(module)).read_bytes() for module in modules]
+        files = [Path(inspect.getsourcefile(x)) for x in (
+            moe, gspo, muon, demonstrations, tokenizer, Trainer)]
+        files += sorted(Path(inspect.getsourcefile(type(self.task))).parent.glob("*.py"))
+        code = [path.read_bytes() for path in files]        # of the task's helpers too
         parts = ({name: self.options[name] for name in names}, task_options(self.task), code,
                  self.tokenizer.tokens, torch.__version__, self.model.embed.weight.device.type,
                  os.environ.get("WORLD_SIZE"))

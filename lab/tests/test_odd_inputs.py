@@ -53,21 +53,34 @@ def test_an_odd_dataclass_is_a_task(train, task_file, name, text, arguments):
     ("steppy", in_dataclass("steps: int = 1"), "--steps"),
     ("helpful", in_dataclass("help: int = 1"), "--help"),
     ("none", PLAIN.replace('response == "2"', "None"), "reward gives None"),
+    ("texty", PLAIN.replace('response == "2"', "'1'"), "reward gives '1'"),
+    ("huge", PLAIN.replace('response == "2"', "1e300"), "reward gives 1e+300"),
+    ("vast", PLAIN.replace('response == "2"', "10 ** 400"), "reward gives 1000"),
+    ("raises", PLAIN.replace('response == "2"', "response[99]"), "reward fails: IndexError"),
+    ("mute", PLAIN.replace('rng.choice("23")', "None"), "demonstrate gives None"),
+    ("thinker", PLAIN + "    def thinks(self, response):\n        return response[5]\n",
+     "thinks fails: IndexError"),
+    ("generous", PLAIN + "    def measure(self, *_):\n        return {'a\\nb': 1}\n",
+     "a text of one line"),
+    ("no_init", in_dataclass("many: int = field(default=3, init=False)",
+                             "from dataclasses import field"), "the field many"),
+    ("renamed", PLAIN.replace("class Task:", "class Task:\n    defaults = {'task': 'countdown'}"),
+     "'task', which is no option"),
     ("not_a_number", PLAIN.replace('response == "2"', 'float("nan")'), "reward gives nan"),
-    ("nothing_held", PLAIN + "    def held_out(self):\n        return []\n", "held_out() is empty"),
+    ("nothing_held", PLAIN + "    def held_out(self):\n        return []\n", "held_out is empty"),
     ("long_held", PLAIN + "    def held_out(self):\n        x = Problem()\n"
-     "        x.prompt = '1' * 65\n        return [x]\n", "this one has 65"),
+     "        x.prompt = '1' * 65\n        return [x]\n", "a prompt of 65 tokens is too long"),
     ("unknown_held", PLAIN + "    def held_out(self):\n        x = Problem()\n"
      "        x.prompt = '?'\n        return [x]\n", "'?' in '?' is not in the vocabulary"),
     ("shifty", PLAIN + "    def measure(self, problem, response, truncated):\n"
      "        return {} if truncated else {'letters': 1}\n", "the names must always be"),
     ("wordy", PLAIN + "    def measure(self, problem, response, truncated):\n"
-     "        return {'letters': 'many'}\n", "each must be a finite number"),
+     "        return {'letters': 'many'}\n", "measure fails: ValueError"),
     ("enumerated", "from enum import Enum\nclass Kind(str, Enum):\n    easy = 'easy'\n"
      + PLAIN.replace("class Task:", "class Task:\n    kinds = [Kind.easy]")
      .replace("def sample(self, rng)", "def sample(self, rng, kind=None)")
      .replace('prompt = "1+1="', 'prompt = "1+1="\n    kind = Kind.easy'),
-     "plain text and numbers"),
+     "both must be the same plain text"),
 ])
 def test_a_task_that_would_fail_later_gets_one_line_before_the_cold_start(
         train, capsys, task_file, name, text, says):
@@ -116,7 +129,8 @@ def test_a_vocabulary_whose_lines_were_swapped_after_training_is_refused(
 
 @pytest.mark.parametrize("name, value", [
     ("correction", "tiss"), ("routing_replay", "R2"), ("clip_low", -1.0),
-    ("clip_low", float("nan")), ("lr", "3e-4"), ("steps", 2.5), ("algorithm", None)])
+    ("clip_low", float("nan")), ("lr", "3e-4"), ("steps", 2.5), ("algorithm", None),
+    ("steps", 200.0), ("seed", False)])
 def test_an_option_in_code_is_checked_as_on_the_command_line(name, value):
     with pytest.raises(ValueError, match=name):
         extras.extend(train_py.Trainer, train_py.Config(**{name: value}))
@@ -200,6 +214,8 @@ def test_shapes_that_would_broadcast_are_a_value_error(algorithm, name, shape):
     arguments = {"logp": torch.zeros(2, 3), "logp_old": torch.zeros(2, 3),
                  "advantages": torch.ones(2), "mask": torch.ones(2, 3)}
     gspo.policy_loss(algorithm, **arguments)
+    with pytest.raises(ValueError, match="token_weights"):
+        gspo.policy_loss(algorithm, **arguments, token_weights=torch.ones(1))
     with pytest.raises(ValueError, match=re.escape(str(shape))):
         gspo.policy_loss(algorithm, **arguments | {name: torch.ones(shape)})
 
@@ -230,6 +246,7 @@ def test_gspo_token_is_gspo_at_a_token_that_has_become_impossible(logp):
     (torch.tensor([[True, False, False, True]]), [0.866, -0.866, -0.866, 0.866]),
     (torch.tensor([[1, 1, 1, 1.0078125]], dtype=torch.bfloat16), [-0.5, -0.5, -0.5, 1.5]),
     (torch.tensor([[1e7, 1e7 + 1, 1e7 + 2, 1e7 + 3]]), [-1.162, -0.387, 0.387, 1.162]),
+    (2 ** 53 + torch.arange(4)[None], [-1.162, -0.387, 0.387, 1.162]),
 ])
 def test_advantages_of_rewards_of_any_type(rewards, expected):
     assert gspo.group_advantages(rewards)[0].tolist() == pytest.approx(expected, abs=1e-3)
