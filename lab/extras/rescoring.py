@@ -17,9 +17,10 @@ ROUTING_REPLAY = ("r2",)
 
 @dataclasses.dataclass
 class Options:
-    """scoring again before the update: also --routing_replay r2, which replays the experts of that
-    pass"""
-    recompute_logp_old: bool = option(False, "score again, do not trust the sampler's log-probs")
+    """scoring again before the update"""
+    recompute_logp_old: bool = option(False, "score again, do not trust the sampler's log-probs "
+                                      "(--routing_replay r2 scores again too, to replay the experts "
+                                      "of that pass)")
     correction: str = option("none", "score again and weigh tokens by how far off the sampler was",
                              choices=("none", "tis", "icepop"))
 
