@@ -277,8 +277,9 @@ def evaluation_lines(result):
     yield (f"held-out accuracy {result['accuracy']:.3f} sampled, {result['accuracy_greedy']:.3f} "
            f"greedy; {result['length']:.1f} tokens a response")
     if result["think_share"]:
-        yield (f"{result['think_share']:.0%} of the responses think, and of these "
-               f"{result['accuracy_thinking']:.0%} are right")
+        right = result["accuracy_thinking"]
+        words = f"{right:.0%} are right" if 0 <= right <= 1 else f"the mean reward is {right:.3f}"
+        yield f"{result['think_share']:.0%} of the responses think, and of these {words}"
     if result["measures"]:
         yield "   ".join(f"{name} {value:.3f}" for name, value in result["measures"].items())
     if len(result["kinds"]) < 2:

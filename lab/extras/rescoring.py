@@ -19,8 +19,8 @@ ROUTING_REPLAY = ("r2",)
 class Options:
     """scoring again before the update"""
     recompute_logp_old: bool = option(False, "score again, do not trust the sampler's log-probs "
-                                      "(--routing_replay r2 scores again too, to replay the experts "
-                                      "of that pass)")
+                                      "(--routing_replay r2 scores again too, to replay the "
+                                      "experts of that pass)")
     correction: str = option("none", "score again and weigh tokens by how far off the sampler was",
                              choices=("none", "tis", "icepop"))
 
