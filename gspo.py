@@ -40,12 +40,12 @@ def group_advantages(rewards: Tensor) -> Tensor:
     """Rewards (P, G) -> advantages (P, G): how far above its group's mean, in standard deviations.
 
     The paper (Eq. 6) does not say which standard deviation. This is the sample one (G - 1), as in
-    TRL and verl but without their epsilon: [1, 0, 0, 0] -> [1.5, -0.5, -0.5, -0.5]. A group whose
-    rewards are all equal teaches nothing and gets exactly 0. ValueError for rewards that are not
-    finite."""
+    TRL and verl but without their epsilon: [1, 0, 0, 0] -> [1.5, -0.5, -0.5, -0.5]. A group of
+    equal rewards teaches nothing and gets exactly 0. ValueError for rewards that are not finite."""
     if rewards.dim() != 2 or not torch.isfinite(rewards).all():
         raise ValueError(f"rewards must be finite numbers (P, G); these are {rewards.tolist()}")
-    if not rewards.is_floating_point():     # a large common part would round the differences away
+    # A large common part would round the differences away in fp32. So it goes first.
+    if not rewards.is_floating_point():
         rewards = rewards.long() - rewards[:, :1].long()
     rewards = at_least_fp32(rewards) - at_least_fp32(rewards[:, :1])
     advantages = rewards - rewards.mean(dim=1, keepdim=True)               # (P, G)
@@ -229,7 +229,7 @@ def policy_loss(algorithm: str, logp: Tensor, logp_old: Tensor, advantages: Tens
     if token_weights.shape != mask.shape[:1]:
         raise ValueError(f"token_weights {tuple(token_weights.shape)} for mask {tuple(mask.shape)}")
 
-    worth, clipped = entry.objective(logs, A, low, high)                       # (B, T) each
+    worth, clipped = entry.objective(logs, A, low, high)                   # (B, T) each
     # In GSPO all tokens of a response are worth the same, and each counts 1/(B |y|): their sum is
     # the one term for a response that Eq. 5 has.
     J = (torch.where(mask, worth, 0).sum(dim=1) * token_weights).sum()

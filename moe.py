@@ -261,8 +261,8 @@ class MoETransformer(nn.Module):
         turns = turns_at(unpad(positions, cells), self.config)          # (N, 1, C/2)
         key_column = torch.arange(S, device=tokens.device)              # (S,)
         query_column = key_column[-new:, None]                          # (new, 1)
-        # A query sees the real tokens up to its own column. Padding sees itself: no softmax over
-        # nothing.
+        # A query sees the real tokens up to its own column, and itself: so the softmax of padding
+        # is not over nothing.
         visible = all_mask[:, None] & (key_column <= query_column)      # (B, new, S)
         visible = visible | (key_column == query_column)
         visible = visible[:, None]                                      # the same for all heads
@@ -378,7 +378,7 @@ def check_request(config: MoEConfig, prompts: list[list[int]], max_new_tokens: i
             raise ValueError(f"a prompt is {prompt}; it must be one or more token ids from 0 to "
                              f"{config.vocab_size - 1}")
     if not (prompts and max_new_tokens >= 1 and temperature >= 0):
-        raise ValueError(f"{max_new_tokens=} and prompts must be at least 1, {temperature=} 0")
+        raise ValueError(f"no prompts, or {max_new_tokens=} below 1, or {temperature=} below 0")
     columns = max(map(len, prompts)) + max_new_tokens
     if columns > config.max_length:
         raise ValueError(f"prompt + max_new_tokens = {columns} > max_length = {config.max_length}")

@@ -123,10 +123,10 @@ class Response(NamedTuple):
 
 
 class Trainer:
-    """The stages of a run, as they are with the default options. Others may ask for extras, classes
-    that are put in front of this one and override its methods, as lab/extras/__init__.py says. A
-    first reader can ignore them. Three are always at work, and change no number of a run: they
-    measure, stop at Ctrl-C, and keep the cold start in out/ for later runs."""
+    """The stages of a run, as they are with the default options. Other options may ask for extras:
+    classes that are put in front of this one and override its methods (lab/extras/__init__.py). A
+    first reader can ignore them. Three extras are always at work and change no number of a run:
+    they measure, stop at Ctrl-C, and keep the cold start in out/ for later runs."""
     def __init__(self, config: Config, task):
         torch.set_num_threads(config.threads)
         torch.manual_seed(config.seed)

@@ -60,8 +60,8 @@ class Extra:
     def gradient(self, model, batch, *arguments):
         """A process that has nothing to learn, while another has, takes part in the step."""
         learned = super().gradient(model, batch, *arguments)
-        nobody = not any(self.gather(learned is not None))
-        return None if nobody else learned or gspo.Learned(batch, None, 0.0, None)
+        somebody = any(self.gather(learned is not None))
+        return learned or (gspo.Learned(batch, None, 0.0, None) if somebody else None)
 
     def optimizer_step(self, parameters, optimizers, max_grad_norm):
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]

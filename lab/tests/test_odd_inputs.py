@@ -17,8 +17,7 @@ import train as train_py
 from data.tokenizer import Tokenizer
 from lab import extras, report
 from lab.extras import critic, kl_term
-from lab.tests.test_own_tasks import PLAIN
-from lab.tests.tools import HOUSE
+from lab.tests.tools import HOUSE, PLAIN
 from moe import MoEConfig, MoETransformer, generate
 
 QUICK = ("--cold_steps", "3", "--cold_tokens", "400", "--steps", "2", "--threads", "1",

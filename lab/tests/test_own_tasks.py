@@ -5,19 +5,7 @@ from pathlib import Path
 import pytest
 
 from lab import report
-
-PLAIN = """
-class Problem:
-    prompt = "1+1="
-
-class Task:
-    def sample(self, rng):
-        return Problem()
-    def demonstrate(self, problem, rng):
-        return rng.choice("23")
-    def reward(self, problem, response):
-        return response == "2"
-"""
+from lab.tests.tools import PLAIN
 
 
 def test_a_task_is_any_class_with_three_methods(train, task_file):

@@ -11,6 +11,7 @@ from torch.testing import assert_close
 import gspo
 import lab.extras       # adds rows to gspo.ALGORITHMS
 from lab.tests import formulas
+import test_gspo
 from test_gspo import (
     OLD_LOGP, OUTLIERS, REWARDS, assert_value_and_gradient, both_signs_and_sides, cases,
     clip_by_hand, drifted, evaluate, exactly, filled, mask_of, mean,
@@ -158,12 +159,8 @@ def test_on_the_sampling_policy_every_algorithm_is_reinforce(algorithm):
 @every_algorithm
 @parametrize("filler, dtype", [(123.0, torch.bool), (-inf, torch.long), (nan, torch.float)])
 def test_neither_padding_nor_order_nor_the_type_of_the_mask_matters(algorithm, filler, dtype):
-    d, A = random_batch(1)
-    one = evaluate(algorithm, d, A, 0.03, 0.04)
-    two = evaluate(algorithm, d[::-1], A[::-1], 0.03, 0.04, 9, filler, dtype)
-    assert two.loss == approx(one.loss, abs=1e-15)
-    exactly(two.grad.flip(0), F.pad(one.grad, (0, 2)))
-    assert torch.equal(two.clipped.flip(0), F.pad(one.clipped, (0, 2)))
+    test_gspo.test_neither_padding_nor_order_nor_the_type_of_the_mask_matters(
+        algorithm, filler, dtype)
 
 
 @every_algorithm

@@ -20,20 +20,23 @@ SHORT = ("--cold_steps", "30", "--cold_tokens", "400", "--prompts", "4", "--grou
          "--max_digits", "1", "--max_new_tokens", "20", "--n_layer", "2", "--threads", "1",
          "--device", "cpu", "--steps")
 NUMBERS = ("step", "reward", "loss", "grad_norm", "entropy", "accuracy")
-# A task whose evaluations take no time.
-BRIEF = """
+# A smallest task.
+PLAIN = """
 class Problem:
     prompt = "1+1="
 
 class Task:
     def sample(self, rng):
         return Problem()
-    def held_out(self):
-        return [Problem()] * 20
     def demonstrate(self, problem, rng):
         return rng.choice("23")
     def reward(self, problem, response):
-        return response.startswith("2")
+        return response == "2"
+"""
+# Another one, whose evaluations take no time.
+BRIEF = PLAIN.replace('response == "2"', 'response.startswith("2")') + """
+    def held_out(self):
+        return [Problem()] * 20
 """
 # The options of a trainer that makes a step in a moment.
 TINY = {"threads": 1, "device": "cpu", "n_layer": 2, "d_model": 16, "n_expert": 4, "d_expert": 16,
