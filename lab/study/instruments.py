@@ -1,19 +1,14 @@
-"""Runs that the command line of train.py cannot make: noise on the stored log-probs, and objectives
-that mix the parts of GSPO and GRPO or leave out their 1/|y|. All other options are those of
-train.py.
+"""What a study needs and train.py cannot do: noise on the stored log-probs, rewards drawn at random,
+a last evaluation with more samples, which responses the clip silences, and objectives that mix the
+parts of GSPO and GRPO or leave out their 1/|y|. All other options are those of train.py.
 
     python -m lab.study.instruments --noise 1 --algorithm grpo
-    python -m lab.study.instruments --common_noise 1 --algorithm gspo
-    python -m lab.study.instruments --noise 2 --algorithm grpo_dual_clip
 
 The file has the form of one in lab/extras/, but is in no list there: train.py does not know it.
 
-Noise of spread sigma changes the stored log-probs, so that each token's ratio w gets a factor
-exp(sigma z - sigma^2 / 2), z normal. Its mean is 1, as that of a true ratio is over the tokens of a
-sampler. So the mean of log w moves by -sigma^2 / 2, and log s with it, while the spread of log s
-shrinks with the length: the longer a response, the surer is its s below 1. With --centred this
-shift is left out: the mean of log w stays. With --noise every token has a z of its own, with
---common_noise all tokens of a response have the same.
+Noise gives each token's ratio w a factor exp(sigma z - sigma^2 / 2), z normal. Its mean is 1, as
+that of a true ratio is over the tokens of a sampler; so the mean of log w, and log s with it, moves
+by -sigma^2 / 2. With --centred it stays.
 """
 import dataclasses
 import random
@@ -23,51 +18,89 @@ import torch
 from torch import Tensor
 
 import gspo
-from gspo import Algorithm, LogRatios, to_ratio
+from data import tasks
+from gspo import Algorithm, LogRatios, response_mean, to_ratio
 from lab import extras
 from lab.extras import relatives, rescoring
 from lab.options import option
 
-DUAL_CLIP = 3.0         # 1912.09729, as in verl
+DUAL_CLIP = 3.0                         # 1912.09729, as in verl
+LENGTHS = (4, 16, 32, 64, 128)          # cells of responses: of at most so many tokens
+COLUMNS = [f"{what}_{sign}_{length}" for what in ("responses", "clipped")
+           for sign in ("good", "bad") for length in LENGTHS]
 
 
 @dataclasses.dataclass
 class Options:
-    """noise on the stored log-probs"""
+    """instruments"""
     noise: float = option(0.0, "spread, for each token", 0)
     common_noise: float = option(0.0, "spread, for each response", 0)
     centred: bool = option(False, "the mean of log w stays")
+    random_rewards: bool = option(False, "0 or 1, whatever the response is")
+    final_samples: int = option(0, "responses to a held-out problem in a last evaluation, more "
+                                   "than the usual 4; a multiple of 4", 0)
 
 
 def wanted(config) -> bool:
-    noisy = config.noise > 0 or config.common_noise > 0
-    if noisy and rescoring.wanted(config):
+    if (config.noise > 0 or config.common_noise > 0) and rescoring.wanted(config):
         raise ValueError("recompute_logp_old, correction and routing_replay r2 would replace the "
                          "stored log-probs, noise and all; leave them out, or the noise")
-    return noisy
+    return True
 
 
-def noise(logp: Tensor, sigma: float, common: float, centred: bool, rng: random.Random) -> Tensor:
-    """What to subtract from stored log-probs (B, T): of spread sigma for each token, of spread
-    common for each response."""
-    generator = torch.Generator().manual_seed(rng.getrandbits(63))
+def noise(logp: Tensor, config: Options, generator: torch.Generator) -> Tensor:
+    """What to subtract from stored log-probs (B, T)."""
     of_token = torch.randn(logp.shape, generator=generator)                 # (B, T)
     of_response = torch.randn(len(logp), 1, generator=generator)            # (B, 1)
-    log_factor = sigma * of_token + common * of_response
-    if not centred:
-        log_factor -= (sigma ** 2 + common ** 2) / 2
+    log_factor = config.noise * of_token + config.common_noise * of_response
+    if not config.centred:
+        log_factor -= (config.noise ** 2 + config.common_noise ** 2) / 2
     return log_factor.to(logp.device)
 
 
+def clipped_by_length(learned: list[gspo.Learned]) -> dict[str, float]:
+    """Of an RL step, after its first mini-batch: how many responses of each length and sign of A it
+    learned from, and the sum of the shares of their tokens that the clip takes the gradient from."""
+    found = dict.fromkeys(COLUMNS, 0.0)
+    for x in learned:
+        if x.mini_batch == 0:
+            continue
+        shares = response_mean(x.clipped.float(), x.batch.response_mask)[:, 0]
+        rows = zip(x.batch.lengths.tolist(), x.batch.advantages.tolist(), shares.tolist())
+        for length, A, share in rows:
+            cell = next((most for most in LENGTHS if length <= most), LENGTHS[-1])
+            sign = "good" if A > 0 else "bad"
+            found[f"responses_{sign}_{cell}"] += 1
+            found[f"clipped_{sign}_{cell}"] += share
+    return found
+
+
 class Extra:
-    """A sampler that reports log-probs with noise."""
-    def collect(self, sampler, rng):
-        rollout, responses = super().collect(sampler, rng)
+    def collect(self, model, rng: random.Random):
+        rollout, responses = super().collect(model, rng)
         config = self.config
-        noisy = rollout.logp_old - noise(rollout.logp_old, config.noise, config.common_noise,
-                                         config.centred, rng)
+        generator = torch.Generator().manual_seed(rng.getrandbits(63))
+        noisy = rollout.logp_old - noise(rollout.logp_old, config, generator)
         rollout.logp_old = torch.where(rollout.response_mask, noisy, 0)
+        if config.random_rewards:
+            drawn = torch.randint(2, rollout.rewards.shape, generator=generator)
+            rollout.rewards = drawn.to(rollout.rewards)
         return rollout, responses
+
+    def measure(self, learned):
+        self.measured |= clipped_by_length(learned)
+        return super().measure(learned)
+
+    def rl(self):
+        super().rl()
+        problems = tasks.held_out_problems(self.task)
+        generator = torch.Generator().manual_seed(self.config.seed)
+        rewards = []
+        for _ in range(self.config.final_samples // 4):
+            rollout = self.sample(self.model, problems, 4, self.config.temperature, generator)
+            rewards += [response.reward for response in self.judge(problems, rollout)]
+        if rewards:
+            self.progress["evaluation"]["measures"]["accuracy_many"] = sum(rewards) / len(rewards)
 
 
 def grpo_dual_clip(logs: LogRatios, A: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
@@ -81,8 +114,7 @@ def grpo_dual_clip(logs: LogRatios, A: Tensor, low: float, high: float) -> tuple
 
 def gspo_clip_grpo_weight(logs: LogRatios, A: Tensor, low: float,
                           high: float) -> tuple[Tensor, Tensor]:
-    """A response is kept or clipped as in GSPO; if kept, its tokens have the weights w of GRPO,
-    however large."""
+    """A response is kept or clipped as in GSPO; if kept, its tokens have GRPO's weights w."""
     _, clipped = gspo.gspo(logs, A, low, high)
     return torch.where(clipped, A, to_ratio(logs.log_w) * A), clipped
 
@@ -111,7 +143,8 @@ def main():
     gspo.ALGORITHMS.update(INSTRUMENTS)
     extras.EXTRAS.append(sys.modules[__name__])         # innermost: noise is part of the sampling
     extras.OPTIONS.append(Options)
-    import train        # which reads both lists, and makes flags of them
+    extras.COLUMNS["metrics"] += COLUMNS
+    import train        # which reads these lists, and makes flags and columns of them
     train.main()
 
 
