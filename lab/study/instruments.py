@@ -100,7 +100,7 @@ class Extra:
             rollout = self.sample(self.model, problems, 4, self.config.temperature, generator)
             rewards += [response.reward for response in self.judge(problems, rollout)]
         if rewards:
-            self.progress["evaluation"]["measures"]["accuracy_many"] = sum(rewards) / len(rewards)
+            self.progress["evaluation"]["accuracy"] = sum(rewards) / len(rewards)
 
 
 def grpo_dual_clip(logs: LogRatios, A: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:

@@ -247,7 +247,7 @@ def rows_of(out: Path, row: dict) -> tuple[pd.DataFrame, pd.DataFrame]:
     of_kinds = pd.read_csv(out / "evaluations.csv")
     of_all = steps[["step", "accuracy"]].dropna()
     of_all.loc[-1] = [0, summary["accuracy_cold_start"]]
-    curve = pd.concat([of_all.assign(kind="all"), of_kinds[of_kinds.kind != "all"]])
+    curve = pd.concat([of_all.assign(kind="all"), of_kinds[of_kinds.kind != "all"]]).sort_values("step")
     for key in reversed(KEYS):
         curve.insert(0, key, row[key])
     return pd.DataFrame([row]).dropna(axis="columns"), curve
