@@ -138,6 +138,9 @@ STUDIES = {
     "rates": Study(
         "Countdown, 32 updates a rollout, over the learning rate",
         f"{STALE} --steps 80 --eval_every 20 {MANY}", arms("{}", BOTH, RATES), NEW),
+    "stale, arithmetic": Study(
+        "arithmetic, 32 updates a rollout", f"{ARITHMETIC} {MANY} --mini_batches 16 --epochs 2",
+        WITH_WIDE, NEW),
     "ranges": Study(
         "arithmetic, 4 updates, over the clip range", f"{ARITHMETIC} {MANY}",
         only(["gspo, 3e-4", "gspo, 3e-3", "gspo, 1e-2", "gspo, 3e-2", "grpo, 0.2"]), NEW),
