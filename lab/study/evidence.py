@@ -10,6 +10,7 @@ Differences are paired by seed, an interval is Student's t at 95 %, and the p va
 are corrected by Holm within a table. A claim that one difference is larger than another tests the
 difference of the two.
 """
+import json
 import re
 import sys
 
@@ -27,9 +28,16 @@ OUTCOMES = {"primary": "mean reward over the run", "accuracy": "held-out accurac
 TERM = re.compile(r"(?:^|([+-]) )(.+?)(?= [+-] |$)")        # of "study/arm - study/arm"
 COLUMNS = ["reward", "accuracy", "accuracy_greedy", "log_w_std", "log_s_std", "clipped",
            "expert_change", "collapsed"]
-COLOURS = {"gspo": "#1f5fa8", "grpo": "#d9822b"}
+DIGITS = ["primary", *(f"accuracy_{n}" for n in range(1, 6)), "kl", "length_right", "length_wrong"]
+RUN_TABLE = ["main job", "long run", "queries", "Countdown", "precision"]
+ENDS = ["accuracy_teacher", "accuracy_cold_start", "accuracy", "accuracy_greedy",
+        "think_share_cold_start", "think_share", "length_cold_start", "length_at_end", "seconds",
+        "seconds_cold_start", "peak_memory_mib", "trials_cold_start", "trials",
+        "random_search_cold_start", "random_search", "gave_up_cold_start", "gave_up",
+        "false_hits_cold_start", "false_hits"]
+COLOURS = {"gspo": "#1f5fa8", "grpo": "#d9822b", "arithmetic": "#7d4f9e", "Countdown": "#2a9d8f"}
 TITLES = {
-    "forest": "GSPO - GRPO by setting: behind in arithmetic, ahead on Countdown",
+    "settings": "GSPO - GRPO by setting: behind in arithmetic, ahead on Countdown",
     "rates": "rates", "experts": "experts", "noise": "noise", "clip": "clip",
     "samplers": "samplers", "length": "length",
 }
@@ -115,7 +123,15 @@ def silenced(runs: pd.DataFrame) -> pd.DataFrame:
 # ---------------------------------------------------------------------------- words
 
 def cell(x: float) -> str:
-    return "" if pd.isna(x) else f"{x:.3f}" if abs(x) >= 0.01 or x == 0 else f"{x:.1e}"
+    if pd.isna(x):
+        return ""
+    if abs(x) >= 100:
+        return f"{x:.0f}"
+    return f"{x:.3f}" if abs(x) >= 0.01 or x == 0 else f"{x:.1e}"
+
+
+def with_range(x: pd.Series) -> str:
+    return f"{cell(x.mean())} ({cell(x.min())} to {cell(x.max())})" if x.notna().any() else ""
 
 
 def with_interval(x) -> str:
@@ -124,6 +140,8 @@ def with_interval(x) -> str:
 
 
 def show(title: str, table: pd.DataFrame):
+    table = table.reset_index()
+    table.columns = table.columns.map(str)
     print(f"\n# {title}\n\n{table.to_markdown(index=False, disable_numparse=True)}")
 
 
@@ -134,21 +152,127 @@ def comparison(runs: pd.DataFrame, name: str) -> pd.DataFrame:
         "difference": primary.difference,
         OUTCOMES["primary"]: [with_interval(x) for x in primary.itertuples()],
         "ahead on": [f"{x.ahead} of {x.n}" for x in primary.itertuples()],
-        OUTCOMES["accuracy"]: [with_interval(x) for x in accuracy.itertuples()]})
+        OUTCOMES["accuracy"]: [with_interval(x) for x in accuracy.itertuples()],
+    }).set_index("difference")
+
+
+def print_all(runs: pd.DataFrame):
+    for name in pd.read_csv(CONTRASTS).table.unique():
+        show(name, comparison(runs, name))
+    arms = runs.groupby(["study", "arm"], sort=False)
+    show("all arms, means", arms[COLUMNS].mean().map(cell).assign(seeds=arms.size()))
+    by_digits = arms[DIGITS].mean().dropna(subset="accuracy_3")
+    show("arithmetic by digits", by_digits.map(cell))
+    show("runs", runs[runs.study.isin(RUN_TABLE)].groupby(["study", "arm"])[ENDS].agg(with_range).T)
+    curves = pd.read_csv(CURVES).query("kind == 'all' and study in @RUN_TABLE")
+    show("held-out accuracy by step", curves.pivot_table(
+        "accuracy", "step", ["study", "arm"], aggfunc=with_range).fillna(""))
+    if "responses_good_4" in runs:
+        clipped = silenced(runs).pivot_table("share", ["study", "arm", "sign"], "length", sort=False)
+        show("share of tokens that the clip silences, by length of response", clipped.map(cell))
+    for name in ("scatter", "scatter-prefixes"):
+        if (RESULTS / f"{name}.csv").exists():
+            keys = ["regime", "tokens"] if "prefixes" in name else ["regime"]
+            table = pd.read_csv(RESULTS / f"{name}.csv").groupby(keys, sort=False)
+            show(name, table.mean(numeric_only=True).drop(columns="seed").map(cell))
+    bench = json.loads((RESULTS / "bench.json").read_text())
+    show("speed", pd.DataFrame(bench["rows"]))
+
+
+# ---------------------------------------------------------------------------- figures
+
+def save(figure, name: str):
+    figure.suptitle(TITLES[name])
+    figure.savefig(RESULTS / f"{name}.png", dpi=110)
+    plt.close(figure)
+
+
+def draw_forest(runs: pd.DataFrame, name: str):
+    """The contrasts of a table, with their intervals; every seed is a tick."""
+    figure, axes = plt.subplots(1, 2, figsize=(11, 5), sharey=True, layout="constrained")
+    for axis, (outcome, meaning) in zip(axes, OUTCOMES.items()):
+        table = tests(runs, name, outcome)
+        for i, row in table.iterrows():
+            colour = COLOURS["Countdown" if "Countdown" in row.difference else "arithmetic"]
+            axis.plot([row.low, row.high], [i, i], color=colour, linewidth=2)
+            axis.plot(row["mean"], i, "o", color=colour)
+            seeds = differences(runs, row.contrast, outcome)
+            axis.plot(seeds, [i] * len(seeds), "|", color=colour, alpha=0.6, markersize=9)
+        axis.set_yticks(range(len(table)), table.difference)
+        axis.axvline(0, color="black", linewidth=0.8)
+        axis.set_xlabel(f"difference in {meaning}")
+        axis.grid(axis="x", alpha=0.3)
+    axes[0].invert_yaxis()
+    save(figure, name)
+
+
+def interval(x: pd.Series):
+    return stats.ttest_1samp(x, 0).confidence_interval(0.95)
+
+
+def draw_lines(axis, table: pd.DataFrame, x: str, y: str):
+    """The mean of y over x for both methods, and its interval."""
+    table = table[table.method.isin(COLOURS)]
+    seaborn.lineplot(table, x=x, y=y, hue="method", style="method", markers=True, palette=COLOURS,
+                     hue_order=["gspo", "grpo"], style_order=["gspo", "grpo"], errorbar=interval,
+                     ax=axis)
+    axis.set_ylabel(OUTCOMES[y])
+    axis.grid(alpha=0.3)
+
+
+def draw_rates(runs: pd.DataFrame):
+    table = runs[runs.study == "rates"].copy()
+    table[["method", "rate"]] = table.arm.str.split(", lr ", expand=True)
+    table["rate"] = table.rate.astype(float)
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for axis, outcome in zip(axes, OUTCOMES):
+        draw_lines(axis, table, "rate", outcome)
+        axis.set(xscale="log", xlabel="learning rate", ylim=(0, None))
+        axis.set_xticks(table.rate.unique(), table.rate.unique())
+        axis.minorticks_off()
+    save(figure, "rates")
+
+
+def draw_noise(runs: pd.DataFrame):
+    figure, axes = plt.subplots(1, 3, figsize=(14, 4), layout="constrained")
+    titles = {"centred noise": "noise of mean 0 on log w", "noise": "noise of mean 1 on w"}
+    for axis, (study, title) in zip(axes, titles.items()):
+        table = runs[(runs.study == study) | ((runs.study == "noise") & runs.arm.isin(COLOURS))]
+        table = table.assign(method=table.arm.str.split(", noise ").str[0],
+                             sigma=table.arm.str[-1].where(table.arm.str.contains("noise"), 0))
+        draw_lines(axis, table.astype({"sigma": int}), "sigma", "primary")
+        axis.set(title=title, xlabel="spread of the noise, sigma", ylim=(0.4, 1))
+    prefixes = pd.read_csv(RESULTS / "scatter-prefixes.csv")
+    prefixes = prefixes[prefixes.regime.str.contains("4 updates")]
+    for column in ("log_s_std", "independent"):
+        seaborn.lineplot(prefixes, x="tokens", y=column, hue="regime", errorbar=None, ax=axes[2],
+                         marker="o" if column == "log_s_std" else None, legend="auto")
+    axes[2].set(xscale="log", yscale="log", xlabel="first tokens of the same responses",
+                ylabel="spread of log s", title="without noise")
+    save(figure, "noise")
+
+
+def draw_clip(runs: pd.DataFrame):
+    places = {"arithmetic, 4 updates": ("ranges", ["gspo, 3e-3", "grpo, 0.2"]),
+              "Countdown, 32 updates": ("rates", ["gspo, lr 8e-5", "grpo, lr 8e-5"])}
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained", sharey=True)
+    for axis, (title, (study, arms)) in zip(axes, places.items()):
+        table = silenced(runs[(runs.study == study) & runs.arm.isin(arms)])
+        table["who"] = table.arm.str[:4] + ", " + table.sign + " response"
+        seaborn.barplot(table, x="length", y="share", hue="who", errorbar=interval, ax=axis)
+        axis.set(title=title, xlabel="tokens in the response, at most",
+                 ylabel="share of its tokens that the clip silences")
+    save(figure, "clip")
 
 
 def main():
     runs = load()
-    if "--draw" in sys.argv:
-        return draw(runs)
-    for name in pd.read_csv(CONTRASTS).table.unique():
-        show(name, comparison(runs, name))
-    arms = runs.groupby(["study", "arm"], sort=False)
-    show("all arms, means", arms[COLUMNS].mean().map(cell).assign(seeds=arms.size()).reset_index())
-    digits = ["primary", *(f"accuracy_{n}" for n in range(1, 6)), "kl", "length_right", "length_wrong"]
-    show("arithmetic by digits", arms[digits].mean().dropna(subset="accuracy_3").map(cell).reset_index())
-    last = ["accuracy_teacher", "accuracy_cold_start", "accuracy", "accuracy_greedy", "think_share",
-            "seconds", "peak_memory_mib", "trials", "random_search", "gave_up", "false_hits"]
+    if "--draw" not in sys.argv:
+        return print_all(runs)
+    for name in ("settings", "experts", "samplers", "length"):
+        draw_forest(runs, name)
+    for draw in (draw_rates, draw_noise, draw_clip):
+        draw(runs)
 
 
 if __name__ == "__main__":

@@ -1,82 +1,79 @@
 """How token ratios scatter, what of it comes from the router, and how it goes with the length.
 
-    python -m lab.study.scatter    measure what is missing: a row in results/scatter.csv for each
-                                   regime and seed, and some in scatter-prefixes.csv
+    python -m lab.study.scatter     measure what results/scatter.csv lacks
 
-A short run is made for each regime and seed, two at a time. Then its sampler writes two more
-rollouts. All optimiser steps but the last are made on the first one. The second one, which is not
-trained on, is scored twice: with today's experts, and with those that sampled it (r3). So log w is
-what it is for the last mini-batch before its first use. In the names of the columns, "replayed" is
-with the old experts, and "routing" is the difference: log w minus log w replayed.
-
-Short and long responses differ in more than their length, say in how many are right. So prefixes of
-different length are all taken from the same responses: the longer half of the second rollout.
+After a short run the sampler writes two more rollouts. The optimiser steps of an RL step but for
+the last one are made on the second. The first is scored, with today's experts and with those that
+sampled it ("replayed"; "routing" is the difference): so log w is what a last mini-batch meets.
 """
-import itertools
+import copy
 import random
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pandas as pd
-import torch
-from torch import Tensor
 
-import gspo
 import train
 from lab import command_line, extras
 from lab.inspection import first
 from lab.measures import expert_change, predicting
-from lab.study.study import NEW, RESULTS, add, commit, machine
-from moe import Rollout
+from lab.study.study import NEW, RESULTS, add, commit, machine, shell
 
 SCATTER = RESULTS / "scatter.csv"               # a row for each regime and seed
-PREFIXES = RESULTS / "scatter-prefixes.csv"     # and for each length of the prefixes
+PREFIXES = RESULTS / "scatter-prefixes.csv"     # and for each n
 REGIMES = {
-    "arithmetic, 4 updates": "",
-    "arithmetic, lag 8": "--lag 8",
-    "arithmetic, int4": "--sampler int4",
-    "Countdown, 4 updates": "--task countdown",
+    "arithmetic, 4 updates": "", "arithmetic, lag 8": "--lag 8",
+    "arithmetic, int4": "--sampler int4", "Countdown, 4 updates": "--task countdown",
     "Countdown, 32 updates": "--task countdown --mini_batches 16 --epochs 2",
-    "Countdown, lag 16": "--task countdown --lag 16",
-}
+    "Countdown, lag 16": "--task countdown --lag 16"}
 
 
-def correlation(x: Tensor, mask: Tensor) -> float:
-    """The correlation of two tokens of a response, mean over all pairs. x (B, T), mask (B, T)."""
-    x = torch.where(mask, x - x[mask].mean(), 0)
-    lengths = mask.sum(dim=1)
-    products = x.sum(dim=1) ** 2 - (x ** 2).sum(dim=1)      # of all ordered pairs of two tokens
-    n_pairs = lengths * (lengths - 1)
-    return (products.sum() / n_pairs.sum() / x[mask].var(correction=0)).item()
+def spreads(log_w: pd.DataFrame) -> pd.Series:
+    """Of log w in nats, a row for each token under the number of its response: its spread, that of
+    log s over responses, and the correlation of two tokens of a response, mean over all pairs."""
+    x = log_w - log_w.mean()
+    responses = x.groupby(level=0)
+    n = responses.size()
+    products = (responses.sum() ** 2).sum() - (x ** 2).sum()    # of all ordered pairs of two tokens
+    correlation = products / (n * (n - 1)).sum() / x.var(ddof=0)
+    return pd.concat([x.std(ddof=0).add_prefix("log_w_std"),
+                      responses.mean().std(ddof=0).add_prefix("log_s_std"),
+                      correlation.add_prefix("correlation")])
 
 
-def spread(x: Tensor) -> float:
-    return x.std(correction=0).item()
+def prefixes(log_w: pd.DataFrame) -> pd.DataFrame:
+    """The spreads in the first n tokens of always the same responses, the longer half, and what
+    that of log s would be if tokens were independent. log_w as above, but of one column, ""."""
+    lengths = log_w.groupby(level=0).size()
+    long = lengths[lengths >= lengths.median()]
+    tokens = log_w.loc[long.index].groupby(level=0)
+    sizes = [2 ** i for i in range(1, int(long.min()).bit_length())]
+    table = pd.DataFrame([spreads(tokens.head(n)) for n in sizes]).drop(columns="correlation")
+    table = table.assign(tokens=sizes, responses=len(long))
+    return table.assign(sum_std=table.tokens * table.log_s_std,
+                        independent=table.log_w_std / table.tokens ** 0.5)
 
 
-def spreads(log_w: Tensor, mask: Tensor) -> dict[str, float]:
-    """Of log-ratios (B, T) in nats: the standard deviations of log w over tokens, of log s over
-    responses, and the correlation within a response."""
-    log_s = gspo.response_mean(torch.where(mask, log_w, 0), mask)[:, 0]
-    return {"log_w_std": spread(log_w[mask]), "log_s_std": spread(log_s),
-            "correlation": correlation(log_w, mask)}
+def after_update(folder: Path) -> pd.DataFrame:
+    """Go on from a run's last checkpoint, as above -> a row for each token of the first rollout,
+    under the number of its response: log w in nats, of its three parts, and for each layer the
+    share of its experts that changed."""
+    words = ["--eval_only", "--out", str(folder)]
+    config, task, _, state = command_line.parse(words, train.Config, train.OPTION_GROUPS, "")
+    trainer = extras.extend(train.Trainer, config)(config, task)
+    trainer.load_state_dict(copy.deepcopy(state))
+    rollout, _ = trainer.collect(trainer.model, random.Random(f"{config.seed} scatter"))
+    trainer.load_state_dict(state)      # with --lag, each rollout has newer weights
+    trainer.gradient = first(config.mini_batches * config.epochs - 1, trainer.gradient)
+    trainer.rl_step(config.steps + 1)
+    mask = rollout.response_mask
+    now = trainer.score(trainer.model, rollout)
+    replayed = trainer.score(trainer.model, rollout, replay=True)
+    parts = {"": now.logp - rollout.logp_old, "_replayed": replayed.logp - rollout.logp_old,
+             "_routing": now.logp - replayed.logp}                          # (B, T) each
+    old = predicting(rollout, rollout.routes)                               # (L, N, K)
+    new = predicting(rollout, now.routes)
+    return 
 
 
-def prefixes(log_w: Tensor, mask: Tensor) -> list[dict[str, float]]:
-    """Of the responses of at least median length, log-ratios (B, T) in nats: for n = 2, 4, 8, ...
-    the spreads over their first n tokens of log w, and over responses of its sum and mean there;
-    and what that of the mean would be if the tokens were independent."""
-    lengths = mask.sum(dim=1)
-    shortest = lengths.median().item()
-    log_w = log_w[lengths >= shortest]
-    rows = []
-    n = 2
-    while n <= shortest:
-        x = log_w[:, :n]
-        rows.append({"tokens": n, "responses": len(x), "log_w_std": spread(x),
-                     "sum_std": spread(x.sum(dim=1)), "log_s_std": spread(x.mean(dim=1)),
-                     "independent": spread(x) / n ** 0.5})
-        n *= 2
-    return rows
