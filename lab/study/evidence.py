@@ -175,8 +175,12 @@ def print_all(runs: pd.DataFrame):
             keys = ["regime", "tokens"] if "prefixes" in name else ["regime"]
             table = pd.read_csv(RESULTS / f"{name}.csv").groupby(keys, sort=False)
             show(name, table.mean(numeric_only=True).drop(columns="seed").map(cell))
-    bench = json.loads((RESULTS / "bench.json").read_text())
-    show("speed", pd.DataFrame(bench["rows"]))
+    for name in ("bench", "bench-gpu"):
+        rows = pd.DataFrame(json.loads((RESULTS / f"{name}.json").read_text())["rows"])
+        rows["rate"] = rows.rate.round().astype(int)
+        rows["first_is_faster"] = rows.first_is_faster.map("{:.2f}".format)
+        show(name, rows[["what", "side", "rate", "unit", "first_is_faster"]].set_index("what"))
+    show("processes", pd.read_csv(RESULTS / "processes.csv").set_index("processes"))
 
 
 # ---------------------------------------------------------------------------- figures

@@ -46,140 +46,118 @@ COUNTDOWN = "--task countdown --queries uniform --steps 100 --eval_every 25"
 STALE = f"{COUNTDOWN} --mini_batches 16 --epochs 2"
 ARITHMETIC = "--queries uniform --steps 80 --eval_every 40"
 FIVE_DIGITS = "--max_digits 5 --max_new_tokens 112"
-MANY = "--final_samples 32"             # in a last evaluation, in place of 4
-OLD = range(5)                          # the seeds of the first studies
+MANY = "--final_samples 32"             # in the last evaluation, in place of 4
+FIRST = range(5)                        # the seeds of the first studies
 NEW = range(10, 15)                     # and of those that ask again
 
 GSPO = "--algorithm gspo"
 GRPO = "--algorithm grpo"
-R3 = f"{GRPO} --routing_replay r3"
 WIDE = f"{GSPO} --clip_low 3e-2 --clip_high 4e-2"       # ten times the default
 REINFORCE = "--algorithm reinforce --scale std"         # no ratio, otherwise like GRPO
 BOTH = {"gspo": GSPO, "grpo": GRPO}
-WITH_R3 = BOTH | {"grpo, r3": R3}
-WITH_WIDE = {"gspo": GSPO, "gspo wide": WIDE, "grpo": GRPO}
-RANGES = {
-    "gspo, 3e-4": f"{GSPO} --clip_low 3e-4 --clip_high 4e-4",
-    "gspo, 1e-3": f"{GSPO} --clip_low 1e-3 --clip_high 1.3e-3", "gspo, 3e-3": GSPO,
-    "gspo, 1e-2": f"{GSPO} --clip_low 1e-2 --clip_high 1.3e-2", "gspo, 3e-2": WIDE,
-    "gspo, 1e-1": f"{GSPO} --clip_low 0.1 --clip_high 0.13",
-    "grpo, 0.05": f"{GRPO} --clip_low 0.05 --clip_high 0.065",
-    "grpo, 0.1": f"{GRPO} --clip_low 0.1 --clip_high 0.13", "grpo, 0.2": GRPO,
-    "grpo, 0.4": f"{GRPO} --clip_low 0.4 --clip_high 0.5",
-    "grpo, no clip": f"{GRPO} --clip_low 1 --clip_high 100",
-}
-HALVES = {name: f"--algorithm {name}" for name in ("gspo_clip_grpo_weight",
-                                                   "grpo_clip_gspo_weight")}
+WITH_R3 = BOTH | {"grpo, r3": f"{GRPO} --routing_replay r3"}
+WITH_WIDE = BOTH | {"gspo wide": WIDE}
+DUAL_CLIP = {"grpo_dual_clip": "--algorithm grpo_dual_clip"}
+HALVES = {"gspo_clip_grpo_weight": "--algorithm gspo_clip_grpo_weight",
+          "grpo_clip_gspo_weight": "--algorithm grpo_clip_gspo_weight"}
+LENGTH = BOTH | {"gspo_token_mean": "--algorithm gspo_token_mean",
+                 "grpo_token_mean": "--algorithm grpo_token_mean"}
+# A range of 0.8 times the spread that log s has with noise.
+FITTED = {"gspo fitted, noise 1": f"{GSPO} --noise 1 --clip_low 0.2 --clip_high 0.25",
+          "gspo fitted, noise 2": f"{GSPO} --noise 2 --clip_low 0.4 --clip_high 0.5",
+          "gspo fitted, noise 4": f"{GSPO} --noise 4 --clip_low 0.8 --clip_high 1"}
 
 
-def arms(template, *choices):
-    """{name: options} of all combinations of the choices, dicts {name: options}. "{}" in the
-    template stands for the names, joined by ", "."""
-    found = {}
-    for combination in itertools.product(*(choice.items() for choice in choices)):
-        names, options = zip(*combination)
-        found[template.format(", ".join(names))] = " ".join(options)
-    return found
+def each(arms: dict[str, str], option: str, *values: str) -> dict[str, str]:
+    """Every arm with every value of an option: {"arm, option value": options}."""
+    return {f"{name}, {option} {value}": f"{options} --{option} {value}"
+            for value in values for name, options in arms.items()}
 
 
-def values(option, *numbers):
-    """{"option number": "--option number", ...}"""
-    return {f"{option} {number}": f"--{option} {number}" for number in numbers}
-
-
-def only(names):
-    return {name: RANGES[name] for name in names}
-
-
-NOISE = values("noise", 1, 2, 4)
-FITTED = {"noise 1": "--noise 1 --clip_low 0.2 --clip_high 0.25",
-          "noise 2": "--noise 2 --clip_low 0.4 --clip_high 0.5",
-          "noise 4": "--noise 4 --clip_low 0.8 --clip_high 1"}
-RATES = values("lr", "3e-5", "8e-5", "2.2e-4", "6e-4")
-LENGTH = BOTH | {f"{name}_token_mean": f"--algorithm {name}_token_mean" for name in BOTH}
 STUDIES = {
     "main job": Study(
-        "python train.py as it comes", "", {"adaptive": "", "uniform": "--queries uniform"},
-        OLD, threads=2),
-    "long run": Study(
-        "one to five digits", f"{FIVE_DIGITS} --cold_steps 2200 --steps 500", {"gspo": GSPO},
+        "python train.py as it comes", "",
+        {"adaptive": "", "uniform": "--queries uniform"}, FIRST, threads=2),
+    "a minute": Study(
+        "for the impatient", "--max_digits 2 --cold_steps 300 --steps 60", {"gspo": GSPO},
         range(3), threads=2),
+    "long run": Study(
+        "one to five digits", f"{FIVE_DIGITS} --cold_steps 2200 --steps 500",
+        {"gspo": GSPO}, range(3), threads=2),
     "without the length": Study(
         "the first 200 steps of the long run", f"{FIVE_DIGITS} --cold_steps 2200 --steps 200",
-        {name: f"--algorithm {name}" for name in ("gspo", "luspo", "dr_grpo")}, OLD, threads=2),
+        {name: f"--algorithm {name}" for name in ("gspo", "luspo", "dr_grpo")}, FIRST, threads=2),
     "queries": Study(
-        "one to five digits, adaptive and uniform queries", f"{FIVE_DIGITS} --steps 500",
-        {"adaptive": "", "uniform": "--queries uniform"}, OLD, threads=2),
+        "one to five digits", f"{FIVE_DIGITS} --steps 500",
+        {"adaptive": "", "uniform": "--queries uniform"}, FIRST, threads=2),
     "Countdown": Study(
         "python train.py --task countdown as it comes", "--task countdown --steps 400",
-        {"gspo": GSPO}, OLD, threads=2),
+        {"gspo": GSPO}, FIRST, threads=2),
     "precision": Study(
         "the main job in other precisions", "",
         {name: f"--{name}" for name in ("sampler bfloat16", "sampler int8", "dtype bfloat16")},
         range(3), threads=2),
-    "fresh": Study("Countdown, 4 updates a rollout", COUNTDOWN, WITH_R3, OLD),
+    "fresh": Study("Countdown, 4 updates a rollout", COUNTDOWN, WITH_R3, FIRST),
     "stale": Study(
         "Countdown, 32 updates a rollout", STALE,
         WITH_R3 | HALVES | {"gspo, r3": f"{GSPO} --routing_replay r3", "reinforce": REINFORCE},
-        OLD),
+        FIRST),
     "stale, dense": Study(
-        "the same with a dense model", f"{STALE} --n_expert 1 --n_active 1 --d_expert 128", BOTH,
-        OLD),
+        "the same with a dense model", f"{STALE} --n_expert 1 --n_active 1 --d_expert 128",
+        BOTH, FIRST),
     "stale, 32 experts": Study(
         "the same, 8 of 32 experts active", f"{STALE} --n_expert 32 --n_active 8 --d_expert 16",
-        WITH_R3, OLD),
+        WITH_R3, FIRST),
     "stale, searched": Study(
         "the same, each at the rate that a search on seed 5 chose", STALE,
-        {"gspo": f"{GSPO} --lr 7.5e-5", "grpo": f"{GRPO} --lr 4e-5"}, OLD),
-    "search": Study(        # not all of these were run
-        "the same, over learning rates and clip ranges, for that choice",
-        f"{STALE} --steps 80 --eval_every 20", arms("{}", RANGES, values(
-            "lr", "2e-5", "4e-5", "7.5e-5", "1.5e-4", "3e-4", "6e-4")), range(5, 7)),
+        {"gspo": f"{GSPO} --lr 7.5e-5", "grpo": f"{GRPO} --lr 4e-5"}, FIRST),
     "rates": Study(
-        "Countdown, 32 updates a rollout, over the learning rate",
-        f"{STALE} --steps 80 --eval_every 20 {MANY}", arms("{}", BOTH, RATES), NEW),
+        "the same over the learning rate", f"{STALE} --steps 80 --eval_every 20 {MANY}",
+        each(BOTH, "lr", "3e-5", "8e-5", "2.2e-4", "6e-4"), NEW),
     "stale, arithmetic": Study(
-        "arithmetic, 32 updates a rollout", f"{ARITHMETIC} {MANY} --mini_batches 16 --epochs 2",
+        "arithmetic, 32 updates a rollout", f"{ARITHMETIC} --mini_batches 16 --epochs 2 {MANY}",
         WITH_WIDE, NEW),
     "ranges": Study(
         "arithmetic, 4 updates, over the clip range", f"{ARITHMETIC} {MANY}",
-        only(["gspo, 3e-4", "gspo, 3e-3", "gspo, 1e-2", "gspo, 3e-2", "grpo, 0.2"]), NEW),
+        {"gspo, 3e-4": f"{GSPO} --clip_low 3e-4 --clip_high 4e-4", "gspo, 3e-3": GSPO,
+         "gspo, 1e-2": f"{GSPO} --clip_low 1e-2 --clip_high 1.3e-2", "gspo, 3e-2": WIDE,
+         "grpo, 0.2": GRPO}, NEW),
     "random rewards": Study(
         "arithmetic, rewards drawn at random", f"{ARITHMETIC} {MANY} --random_rewards", BOTH, NEW),
     "noise": Study(
-        "arithmetic, noise of mean 1 on the ratios of the tokens", ARITHMETIC,
-        BOTH | {"reinforce": REINFORCE} | arms("{}", BOTH, NOISE), OLD),
+        "arithmetic, noise of mean 1 on w", ARITHMETIC,
+        BOTH | {"reinforce": REINFORCE} | each(BOTH, "noise", "1", "2", "4"), FIRST),
     "centred noise": Study(
         "arithmetic, noise of mean 0 on log w", f"{ARITHMETIC} --centred",
-        arms("{}", BOTH, NOISE) | arms("gspo fitted, {}", FITTED)
-        | arms("{}, noise 4", HALVES | {"grpo_dual_clip": "--algorithm grpo_dual_clip"}), OLD),
+        each(BOTH, "noise", "1", "2", "4") | FITTED | each(HALVES | DUAL_CLIP, "noise", "4"),
+        FIRST),
     "dual clip": Study(
-        "arithmetic, noise of mean 1, with GRPO as verl has it", f"{ARITHMETIC} {MANY}",
-        arms("{}", BOTH | {"grpo_dual_clip": "--algorithm grpo_dual_clip"},
-             values("noise", 2, 4)), NEW),
+        "arithmetic, noise of mean 1 on w, GRPO as verl has it", f"{ARITHMETIC} {MANY}",
+        each(BOTH | DUAL_CLIP, "noise", "2", "4"), NEW),
     "common noise": Study(
         "arithmetic, noise that all tokens of a response share",
-        f"{ARITHMETIC} --common_noise 1 --centred", BOTH, OLD),
-    "int8": Study("arithmetic, a sampler in int8", f"{ARITHMETIC} --sampler int8", BOTH, OLD),
-    "int4": Study("arithmetic, a sampler in int4", f"{ARITHMETIC} --sampler int4", WITH_WIDE, OLD),
+        f"{ARITHMETIC} --common_noise 1 --centred", BOTH, FIRST),
+    "int8": Study("arithmetic, a sampler in int8", f"{ARITHMETIC} --sampler int8", BOTH, FIRST),
+    "int4": Study("arithmetic, one in int4", f"{ARITHMETIC} --sampler int4", WITH_WIDE, FIRST),
     "int4, recomputed": Study(
         "the same, log-probs scored again", f"{ARITHMETIC} --sampler int4 --recompute_logp_old",
-        BOTH, OLD),
+        BOTH, FIRST),
     "int4, TIS": Study(
         "the same, corrected", f"{ARITHMETIC} --sampler int4 --correction tis",
-        {"gspo_token": "--algorithm gspo_token"}, OLD),
+        {"gspo_token": "--algorithm gspo_token"}, FIRST),
     "int4, ranges": Study(
-        "arithmetic, a sampler in int4, three ranges each", f"{ARITHMETIC} {MANY} --sampler int4",
-        only(["gspo, 3e-3", "gspo, 3e-2", "gspo, 1e-1", "grpo, 0.05", "grpo, 0.2", "grpo, 0.4"]),
-        NEW),
-    "lag": Study("arithmetic, a sampler 8 rollouts old", f"{ARITHMETIC} --lag 8", WITH_WIDE, OLD),
-    "lag, Countdown": Study(
-        "Countdown, a sampler 16 rollouts old", f"{COUNTDOWN} --lag 16", WITH_WIDE, OLD),
+        "arithmetic, one in int4, three ranges each", f"{ARITHMETIC} {MANY} --sampler int4",
+        {"gspo, 3e-3": GSPO, "gspo, 3e-2": WIDE,
+         "gspo, 1e-1": f"{GSPO} --clip_low 0.1 --clip_high 0.13",
+         "grpo, 0.05": f"{GRPO} --clip_low 0.05 --clip_high 0.065", "grpo, 0.2": GRPO,
+         "grpo, 0.4": f"{GRPO} --clip_low 0.4 --clip_high 0.5"}, NEW),
+    "lag": Study("arithmetic, one 8 rollouts old", f"{ARITHMETIC} --lag 8", WITH_WIDE, FIRST),
+    "lag, Countdown": Study("Countdown, one 16 rollouts old", f"{COUNTDOWN} --lag 16", WITH_WIDE,
+                            FIRST),
     "length": Study(
         "one to five digits, with and without 1/|y|",
         f"--queries uniform {FIVE_DIGITS} --steps 100 --eval_every 50",
-        LENGTH | arms("{}", LENGTH, values("lr", "6e-4")) | {"dr_grpo": "--algorithm dr_grpo"},
-        OLD),
+        LENGTH | each(LENGTH, "lr", "6e-4") | {"dr_grpo": "--algorithm dr_grpo"}, FIRST),
 }
 
 
@@ -189,9 +167,9 @@ def command(name: str, arm: str, seed: int) -> list[str]:
     """What to give to python."""
     study = STUDIES[name]
     words = f"{study.options} {study.arms[arm]} --threads {study.threads} --seed {seed}".split()
-    not_in_train = {"--noise", "--common_noise", "--final_samples", "grpo_dual_clip",
-                    "gspo_token_mean", "grpo_token_mean", *HALVES}
-    program = ["-m", "lab.study.instruments"] if not_in_train & {*words} else ["train.py"]
+    not_in_train = {"--noise", "--common_noise", "--final_samples", *DUAL_CLIP, *HALVES, *LENGTH}
+    instruments = (not_in_train - set(BOTH)) & set(words)
+    program = ["-m", "lab.study.instruments"] if instruments else ["train.py"]
     return [*program, *words]
 
 
@@ -266,11 +244,11 @@ def add(path: Path, rows: pd.DataFrame):
 def missing(name: str) -> list[tuple]:
     """(name, arm, seed) of all runs of a study that have no row yet. Neighbours differ in the seed:
     two at a time do not make the same cold start twice."""
-    study = STUDIES[name]
-    runs = itertools.product([name], study.arms, study.seeds)
-    done = pd.read_csv(RUNS)[KEYS].itertuples(index=False, name=None) if RUNS.exists() else ()
-    return sorted(set(runs) - set(done), key=list(itertools.product(
-        [name], study.arms, study.seeds)).index)
+    done = set()
+    if RUNS.exists():
+        done = set(pd.read_csv(RUNS)[KEYS].itertuples(index=False, name=None))
+    runs = itertools.product([name], STUDIES[name].arms, STUDIES[name].seeds)
+    return [run for run in runs if run not in done]
 
 
 def main(names: list[str]):
