@@ -1,0 +1,131 @@
+"""The studies and what is made of them: statistics beside numbers worked out by hand, and the pages
+of results/, whose numbers must be printed by one command."""
+import re
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("pandas")       # lab/requirements.txt
+pytest.importorskip("statsmodels")
+pytest.importorskip("seaborn")
+import pandas as pd
+
+from lab.study import evidence, study
+
+HOUSE = Path(__file__).parent.parent.parent
+
+
+def table_of(values):
+    """{arm: {seed: accuracy}} -> runs of a study "s"."""
+    rows = [("s", arm, seed, x) for arm, seeds in values.items() for seed, x in seeds.items()]
+    return pd.DataFrame(rows, columns=["study", "arm", "seed", "accuracy"])
+
+
+RUNS = table_of({"a, wide": {0: 0.5, 1: 0.7, 2: 0.6, 7: 0.0}, "b": {2: 0.3, 0: 0.4, 1: 0.5},
+                 "c": {0: 0.1, 1: 0.1, 2: 0.1}})
+
+
+def test_a_contrast_pairs_the_seeds():
+    found = evidence.differences(RUNS, "s/a, wide - s/b", "accuracy")
+    assert found.to_dict() == pytest.approx({0: 0.1, 1: 0.2, 2: 0.3})
+    # How much larger one difference is than another: (a - b) - (a - c) = c - b.
+    found = evidence.differences(RUNS, "s/a, wide - s/b - s/a, wide + s/c", "accuracy")
+    assert found.to_dict() == pytest.approx({0: -0.3, 1: -0.4, 2: -0.2})
+
+
+def test_intervals_are_students_and_p_values_are_corrected_by_holm(tmp_path, monkeypatch):
+    pd.DataFrame([("t", "a - b", "s/a, wide - s/b"), ("t", "b - c", "s/b - s/c"),
+                  ("u", "a - b", "s/a, wide - s/b"), ("t", "not run", "s/a, wide - s/d")],
+                 columns=["table", "difference", "contrast"]).to_csv(tmp_path / "c.csv")
+    monkeypatch.setattr(evidence, "CONTRASTS", tmp_path / "c.csv")
+    table = evidence.tests(RUNS, "t", "accuracy").set_index("difference")
+    assert list(table.index) == ["a - b", "b - c"]
+    x = table.loc["a - b"]
+    # Differences 0.1, 0.2, 0.3: standard error 0.1 / sqrt(3), and t(2) is 4.303 at 95 %.
+    assert (x["mean"], x.ahead, x.n) == (pytest.approx(0.2), 3, 3)
+    assert x.high - x["mean"] == pytest.approx(4.303 * 0.1 / 3 ** 0.5, abs=1e-4)
+    # t(2) = 3.464: p = 1 - t / sqrt(t^2 + 2) = 0.0742. b - c is 0.3, 0.4, 0.2: t = 5.196, p 0.0351.
+    # Holm: the smallest p times 2, the other as it is, but not below the first.
+    assert table.p.to_list() == pytest.approx([0.0742, 0.0701], abs=1e-4)
+    assert evidence.tests(RUNS, "u", "accuracy").p[0] == pytest.approx(0.0742, abs=1e-4)
+
+
+def test_the_best_rate_is_chosen_by_the_other_seeds():
+    rewards = {"gspo, lr 1e-4": (0.5, 0.5, 0.1), "gspo, lr 2e-4": (0.1, 0.4, 0.9),
+               "grpo, lr 1e-4": (0.3, 0.3, 0.3), "grpo, lr 2e-4": (0.0, 0.0, 0.8)}
+    rows = [("rates", arm, seed, x, x) for arm, values in rewards.items()
+            for seed, x in enumerate(values)]
+    runs = pd.DataFrame(rows, columns=["study", "arm", "seed", "primary", "accuracy"])
+    chosen = evidence.best_rates(runs).set_index(["arm", "seed"]).primary
+    # Without seed 2, gspo has means 0.5 and 0.25: the lower rate, which seed 2 likes least.
+    assert chosen["gspo"].to_list() == [0.1, 0.4, 0.1]
+    assert chosen["grpo"].to_list() == [0.0, 0.0, 0.3]
+
+
+def test_every_arm_has_a_command_of_its_own_and_instruments_where_train_py_lacks_them():
+    for name, found in study.STUDIES.items():
+        commands = [" ".join(study.command(name, arm, 0)) for arm in found.arms]
+        assert len(set(commands)) == len(commands)
+        for arm, command in zip(found.arms, commands):
+            needed = re.search("noise|final_samples|token_mean|_weight|dual", command)
+            assert ("lab.study.instruments" in command) == bool(needed), (name, arm)
+
+
+def test_the_committed_runs_and_contrasts_are_of_arms_that_exist():
+    places = set()
+    for name, arm in pd.read_csv(study.RUNS)[["study", "arm"]].itertuples(index=False):
+        assert name == "search" or arm in study.STUDIES[name].arms
+        places.add(f"{name}/{arm}")
+    for contrast in pd.read_csv(evidence.CONTRASTS).contrast:
+        for _, place in evidence.TERM.findall(contrast):
+            assert place in places | {"best rates/gspo", "best rates/grpo"}
+
+
+def test_a_run_is_missing_until_it_has_a_row(tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "RUNS", tmp_path / "runs.csv")
+    assert len(study.missing("fresh")) == 15
+    for seed in (3, 4):
+        row = pd.DataFrame([{"study": "fresh", "arm": "grpo", "seed": seed, f"only_{seed}": 1.0}])
+        study.add(study.RUNS, row)
+    assert len(study.missing("fresh")) == 13
+    assert ("fresh", "grpo", 3) not in study.missing("fresh")
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_every_figure_can_be_drawn_from_the_committed_tables(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(evidence, "save", lambda figure, name: drawn.append(name))
+    monkeypatch.setattr("sys.argv", ["evidence", "--draw"])
+    evidence.main()
+    assert sorted(drawn) == sorted(evidence.TITLES)
+
+
+# ------------------------------------------------------------------------------------ the pages
+
+NUMBER = re.compile(r"(?<![\w.])(\d+\.\d+(?:e-\d+)?)( %)?(?![\w]|\.\d)|(?<![\w.])(\d+) %")
+PAGES = sorted((HOUSE / "results").glob("**/*.md"))
+
+
+@pytest.fixture(scope="module")
+def printed():
+    """All numbers that the command prints."""
+    import contextlib
+    import io
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        evidence.print_all(evidence.load())
+    return [float(x) for x in re.findall(r"\d+(?:\.\d+)?(?:e-\d+)?", out.getvalue())]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=[page.stem for page in PAGES])
+def test_every_number_of_a_page_is_printed(page, printed):
+    text = re.sub(r"```.*?```|`[^`]*`|\d{4}\.\d{5}|\(\d\)", "", page.read_text(), flags=re.DOTALL)
+    missing = []
+    for number, percent, whole in NUMBER.findall(text):
+        written = number or whole
+        scale = 100 if percent or whole else 1
+        digits = len(written.partition("e")[0].partition(".")[2])
+        form = f".{digits}e" if "e" in written else f".{digits}f"
+        if not any(float(f"{scale * x:{form}}") == float(written) for x in printed):
+            missing.append(written)
+    assert not missing
