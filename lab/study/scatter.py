@@ -18,7 +18,7 @@ import train
 from lab import command_line, extras
 from lab.inspection import first
 from lab.measures import expert_change, predicting
-from lab.study.study import NEW, RESULTS, add, commit, machine, shell
+from lab.study.study import RESULTS, add, commit, machine, shell
 
 SHORT = "--queries uniform --steps 20 --eval_every 1000 --threads 1"
 REGIMES = {"arithmetic, 4 updates": "", "arithmetic, lag 8": "--lag 8",
@@ -38,14 +38,13 @@ def spreads(log_w: pd.DataFrame, part: str = "") -> dict[str, float]:
 
 
 def prefixes(log_w: pd.DataFrame) -> pd.DataFrame:
-    """The spreads of log w (B, T) in the first n tokens of always the same responses, the longer
-    half. `independent` is what that of log s would be if the tokens were."""
+    """Spreads of log w (B, T) in the first n tokens, always of the longer half of the responses."""
     x = log_w.dropna(thresh=int(log_w.count(axis=1).median())).dropna(axis=1)
     sizes = [2 ** i for i in range(1, x.shape[1].bit_length())]
     rows = [{"tokens": n, "responses": len(x)} | spreads(x.iloc[:, :n]) for n in sizes]
     table = pd.DataFrame(rows).drop(columns="correlation")
     return table.assign(sum_std=table.tokens * table.log_s_std,
-                        independent=table.log_w_std / table.tokens ** 0.5)
+                        independent=table.log_w_std / table.tokens ** 0.5)   # log s's, if they were
 
 
 def after_update(folder: Path):
@@ -65,7 +64,7 @@ def after_update(folder: Path):
 def measure(name: str, seed: int) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Make a run, or what is left of it -> its rows of scatter.csv and of scatter-prefixes.csv."""
     words = f"train.py {REGIMES[name]} {SHORT} --seed {seed}".split()
-    origin = {"command": " ".join(["python", *words]), "commit": commit(), "machine": machine(1)}
+    origin = {"command": " ".join(["python", *words]), "commit": commit(), "machine": machine()}
     folder = Path("out/scatter", f"{name} {seed}".replace(",", "").replace(" ", "-"))
     resume = ["--resume"] if (folder / "checkpoint.pt").exists() else []
     if not (folder / "summary.json").exists():
@@ -74,23 +73,22 @@ def measure(name: str, seed: int) -> tuple[pd.DataFrame, pd.DataFrame]:
     mask = rollout.response_mask.numpy()                                    # (B, T)
     log_w = pd.DataFrame(now.logp - rollout.logp_old).where(mask)           # (B, T)
     log_w_replayed = pd.DataFrame(replayed.logp - rollout.logp_old).where(mask)
-    old = predicting(rollout, rollout.routes)                               # (L, N, K)
-    new = predicting(rollout, now.routes)
-    changed = (old.sort().values != new.sort().values).any(dim=2).any(dim=0).numpy()    # (N,)
+    routes = [predicting(rollout, x.routes).sort().values for x in (rollout, now)]  # (L, N, K) each
+    changed = (routes[0] != routes[1]).any(dim=2).any(dim=0).numpy()        # (N,)
     run = pd.DataFrame([{"regime": name, "seed": seed}])
-    return run.assign(
+    row = run.assign(
         responses=len(mask), length=mask.sum() / len(mask), **spreads(log_w),
         **spreads(log_w_replayed, "_replayed"), **spreads(log_w - log_w_replayed, "_routing"),
-        **pd.Series(expert_change(old, new)).add_prefix("expert_change_"), changed=changed.mean(),
+        **pd.Series(expert_change(*routes)).add_prefix("expert_change_"), changed=changed.mean(),
         log_w_std_changed=log_w.values[mask][changed].std(),
         log_w_std_changed_replayed=log_w_replayed.values[mask][changed].std(),
-        log_w_std_unchanged=log_w.values[mask][~changed].std(), **origin,
-    ), run.merge(prefixes(log_w), how="cross")
+        log_w_std_unchanged=log_w.values[mask][~changed].std(), **origin)
+    return row, run.merge(prefixes(log_w), how="cross")
 
 
 if __name__ == "__main__":
     done = pd.read_csv(RESULTS / "scatter.csv", index_col=["regime", "seed"]).index
-    missing = pd.MultiIndex.from_product([REGIMES, NEW]).difference(done)
+    missing = pd.MultiIndex.from_product([REGIMES, range(10, 15)]).difference(done)
     with ThreadPoolExecutor(2) as pool:
         for row, of_prefixes in pool.map(measure, *zip(*missing)):
             add(RESULTS / "scatter.csv", row)
