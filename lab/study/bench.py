@@ -1,481 +1,198 @@
 """How fast sampling, an optimiser step and a whole RL step are, with random weights.
 
-    python -m lab.study.bench                   ours alone, some minutes
-    python -m lab.study.bench --peers           beside transformers and TRL: lab/requirements.txt
-    python -m lab.study.bench --peers --small   tiny sizes, to see that it runs
-    python -m lab.study.bench --device cuda     ours alone, on a GPU
+    python -m lab.study.bench             ours alone, some minutes; on a GPU with --device cuda
+    python -m lab.study.bench --peers     beside transformers and TRL: lab/requirements.txt
 
-The model has 4 layers of width 128, 4 heads (2 for keys and values), 8 experts of width 256 (2
-active) and 272 tokens. Prompts have 12 tokens, and no response ends early. The sides of a
-comparison take turns, after a round to warm up, and the numbers are medians. GFLOP/s counts the
-matrix products that a side computes, 2 for a multiply-add: attention only to what a position may
-see, a backward pass as two forward ones. The ceiling is one large fp32 product with as many
-threads. Our sampler computes a prompt once for its group; our update, and all that transformers and
-TRL do, computes it for every response.
+The sides of a comparison take turns, after a round to warm up, and the numbers are medians. No
+response ends early. The last line is all results as JSON, with the seconds of each round.
 
-The peers have the same weights, in fp32, and the fastest of a few choices: experts by grouped_mm or
-eager, prompts repeated or num_return_sequences, rows in a micro-batch. TRL makes the same 4
-optimiser steps per rollout, "tuned", and "as it comes": gradient checkpointing, bf16 autocast, 8
-rows at a time, the router's auxiliary loss. It always scores a rollout again for its old log-probs.
-
-Not measured: compiled models, inference engines such as vLLM, long responses, responses of
-different lengths, learning. The work is not quite the same: our sampler keeps log-probs and routes,
-our steps and TRL's compute metrics; transformers do neither. Peak memory is that of the process,
-with --peers theirs too.
+The peers have the same weights, in fp32, and what was fastest of a few choices on two cores:
+experts by grouped_mm, a quarter of the responses in a pass. TRL makes the same optimiser steps,
+"tuned" like this, and "as it comes": with gradient checkpointing, bf16 autocast, 8 responses in a
+pass, an auxiliary loss. It also scores a rollout anew and computes metrics; our sampler computes a
+prompt once for its group. Not measured: compiled models, engines such as vLLM, long responses.
 """
 import argparse
-import importlib.metadata
 import json
-import logging
-import os
 import statistics
 import sys
 import tempfile
-import time
-import warnings
-from dataclasses import replace
+from contextlib import redirect_stdout
 from functools import partial
-from itertools import product
-from pathlib import Path
-from typing import Callable, NamedTuple
+from importlib.metadata import version
 
 import torch
+from torch.utils.benchmark import set_torch_threads, timer      # timer() waits for a GPU
 
 import gspo
-import moe
 import train
 from lab import hf
-from lab.extras import metrics
-from lab.report import peak_memory_mib, update_metrics
-from lab.study.experiments import machine, shell
+from lab.study.study import machine, shell
+from moe import MoEConfig, MoETransformer, generate
 
 PROMPT = 12             # tokens
 NEW = 32                # tokens of a response ...
 COLUMNS = 64            # ... but in the update alone, where prompt and response have 64
-GROUP = 8
+GROUP = 8               # responses to a prompt
 STEPS = 4               # optimiser steps in an RL step
-VOCABULARY = 272
-CONFIG = train.RLOptions(group_size=GROUP, mini_batches=STEPS)
-CLIP_LOW, CLIP_HIGH = gspo.ALGORITHMS["gspo"].clip_range
+VOCABULARY = 272        # tokens
+UPDATE = train.RLOptions(group_size=GROUP, mini_batches=1)
+RL_STEP = train.RLOptions(group_size=GROUP, mini_batches=STEPS)
+adamw = partial(torch.optim.AdamW, lr=1e-6, fused=True)     # so slow that routes stay the same
 
 
-class Sizes(NamedTuple):
-    n_layer: int
-    d_model: int
-    d_expert: int
-    rows: int           # responses
-
-
-FULL = Sizes(4, 128, 256, 256)
-SMALL = Sizes(1, 32, 16, 32)
-
-
-# ---------------------------------------------------------------------------- measuring
-
-class Side(NamedTuple):
-    """One side of a comparison."""
-    name: str
-    threads: int
-    flop: float
-    run: Callable | None = None
-
-
-def seconds(run):
-    began = time.perf_counter()
-    run()
-    if torch.get_default_device().type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - began
-
-
-def least_seconds(run, times=3):
-    return min(seconds(run) for _ in range(times))
-
-
-class Bench:
-    """Measures, prints a row for every side, and keeps the rows."""
-    def __init__(self, sizes, threads, repeats):
-        self.sizes = sizes
-        self.threads = threads
-        self.repeats = repeats
-        self.ceiling_gflops = {k: product_gflops(k) for k in (1, threads)}
-        self.best = {}
-        self.rows = []
-
-    def fastest(self, what, choices, seconds_of):
-        best = min(choices, key=seconds_of)
-        self.best[what] = best
-        print(f"{what}: fastest with {best}", flush=True)
-        return best
-
-    def measure(self, what, unit, amount, sides):
-        """The sides take turns at `amount` tokens or responses."""
-        spent = [[] for _ in sides]
-        for _ in range(1 + self.repeats):           # the first is to warm up
-            for side, times in zip(sides, spent):
-                torch.set_num_threads(side.threads)
-                times.append(seconds(side.run))
-        torch.set_num_threads(self.threads)
-        self.record(what, unit, amount, sides, [times[1:] for times in spent])
-
-    def record(self, what, unit, amount, sides, spent):
-        """A row for each side, from the seconds of each of its repeats."""
-        medians = [statistics.median(times) for times in spent]
-        for side, times, median in zip(sides, spent, medians):
-            gflops = side.flop / median / 1e9
-            row = {
-                "what": what, "side": side.name, "rate": amount / median, "unit": unit,
-                "gflops": gflops, "share_of_ceiling": gflops / self.ceiling_gflops[side.threads],
-                "first_is_faster": median / medians[0], "seconds": times,
-            }
-            self.rows.append(row)
-            print(table_row(row), flush=True)
-
-
-def table_row(row):
-    return (f"| {row['what']:24} | {row['side']:16} | {row['rate']:9.1f} {row['unit']:11} | "
-            f"{row['gflops']:7.1f} | {row['share_of_ceiling']:6.1%} | "
-            f"{row['first_is_faster']:5.2f} |")
-
-
-def product_gflops(threads, n=2048):
-    torch.set_num_threads(threads)
-    a = torch.rand(n, n)
-    b = torch.rand(n, n)
-    return 2 * n ** 3 / least_seconds(lambda: a @ b, times=10) / 1e9
-
-
-def copy_gbytes(n=2 ** 26):
-    source = torch.rand(n)
-    target = torch.rand(n)
-    moved = 2 * source.nbytes           # 256 MiB read, 256 MiB written
-    return moved / least_seconds(lambda: target.copy_(source), times=5) / 1e9
-
-
-# ---------------------------------------------------------------------------- FLOP
-
-def forward_flop(config, tokens, seen, unembedded):
-    """A forward pass over `tokens` positions, which see `seen` positions on average (themselves
-    included), with logits at `unembedded` positions."""
-    D = config.d_model
-    kv_width = config.n_kv_head * D // config.n_head
-    attention = 2 * D * D + 2 * D * kv_width + 2 * D * seen
-    experts = D * config.n_expert + config.n_active * 3 * D * config.d_expert
-    layers = tokens * config.n_layer * (attention + experts)
-    return 2 * (layers + unembedded * D * config.vocab_size)
-
-
-def sampling_flop(config, prompts, n):
-    """So many prompts, with the logits of their last tokens; then n responses without their last
-    tokens, which predict nothing."""
-    new = n * (NEW - 1)
-    return (forward_flop(config, prompts * PROMPT, (PROMPT + 1) / 2, prompts)
-            + forward_flop(config, new, PROMPT + NEW / 2, new))
-
-
-def update_flop(config, n, S):
-    """n prompts and responses of S tokens together, with the logits of the responses and of one
-    column before them; a backward pass is two forward ones."""
-    return 3 * forward_flop(config, n * S, (S + 1) / 2, n * (S - PROMPT + 1))
-
-
-def trl_flop(config, n, passes):
-    """An RL step of TRL: it samples n responses, then makes so many `passes` through the layers, a
-    backward pass being two. There are logits for prompts too, in 5 passes: one scores the rollout,
-    3 are the update, and its backward pass computes the logits once more."""
-    S = PROMPT + NEW
-    passes_flop = forward_flop(config, passes * n * S, (S + 1) / 2, 5 * n * (S - 1))
-    return sampling_flop(config, n, n) + passes_flop
-
-
-# ---------------------------------------------------------------------------- ours
-
-def new_model(sizes, n_expert=8):
+def new_model(D, n_expert=8):
     torch.manual_seed(0)
-    return moe.MoETransformer(moe.MoEConfig(
-        VOCABULARY, max_length=COLUMNS, n_layer=sizes.n_layer, d_model=sizes.d_model, n_head=4,
-        n_kv_head=2, n_expert=n_expert, n_active=2, d_expert=sizes.d_expert))
-
-
-def new_optimizer(model):
-    # So low a learning rate that every repeat has the routing of the first.
-    return torch.optim.AdamW(model.parameters(), lr=1e-6, betas=(0.9, 0.95), weight_decay=0,
-                             fused=True)
+    return MoETransformer(MoEConfig(VOCABULARY, n_layer=4, d_model=D, d_expert=2 * D,
+                                    n_expert=n_expert, max_length=COLUMNS))
 
 
 def prompts_for(n):
     """Prompts for n responses, without 0 and 1, which are padding and end to the peers."""
-    generator = torch.Generator().manual_seed(0)
-    shape = (n // GROUP, PROMPT)
-    return torch.randint(2, VOCABULARY, shape, generator=generator, device="cpu").tolist()
+    return torch.randint(2, VOCABULARY, (n // GROUP, PROMPT))
 
 
 def our_sampling(model, n, new=NEW):
-    return moe.generate(model, prompts_for(n), GROUP, new)
-
-
-class OfCore:
-    def measure(self, steps):
-        return update_metrics(steps)
-
-
-class OfRun(metrics.Extra, OfCore):
-    """What a run measures in every optimiser step."""
-
-
-def our_update(model, optimizer, rollout, mini_batches):
-    config = replace(CONFIG, mini_batches=mini_batches)
-    OfRun().measure(gspo.update(model, optimizer, rollout, config))
+    """n responses of so many `new` tokens."""
+    return generate(model, prompts_for(n).tolist(), GROUP, new)
 
 
 def our_rl_step(model, optimizer, n):
     rollout = our_sampling(model, n)
     rewards = rollout.response.sum(dim=1) % 2                   # is the sum of the ids odd?
-    rollout.advantages = gspo.group_advantages(rewards.float().view(-1, GROUP)).flatten()
-    our_update(model, optimizer, rollout, STEPS)
+    rollout.advantages = gspo.group_advantages(rewards.view(-1, GROUP)).flatten()
+    gspo.update(model, optimizer, rollout, RL_STEP)
 
 
-# ---------------------------------------------------------------------------- transformers
-
-def as_transformers(model, experts="grouped_mm"):
+def as_transformers(model):
+    """The same model. AssertionError if its logits are others."""
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
     config, state = hf.to_hf(model)
-    theirs = Qwen3MoeForCausalLM(Qwen3MoeConfig(
-        **config, attn_implementation="sdpa", experts_implementation=experts))
+    theirs = Qwen3MoeForCausalLM(Qwen3MoeConfig(**config, experts_implementation="grouped_mm"))
     theirs.load_state_dict(state)
+    tokens = prompts_for(256)
+    logits = model(tokens, torch.ones_like(tokens, dtype=torch.bool)).logits
+    torch.testing.assert_close(theirs(tokens).logits, logits, rtol=0, atol=1e-3)
     return theirs
 
 
-@torch.no_grad()
-def logits_difference(model, theirs, n):
-    tokens = torch.tensor(prompts_for(n))
-    ours = model(tokens, torch.ones_like(tokens, dtype=torch.bool)).logits
-    return (theirs(tokens).logits - ours).abs().max().item()
-
-
 @torch.inference_mode()
-def their_sampling(theirs, n, experts, repeated):
-    theirs.set_experts_implementation(experts)
-    tokens = torch.tensor(prompts_for(n))
-    if repeated:
-        tokens = tokens.repeat_interleave(GROUP, dim=0)
-    theirs.generate(tokens, attention_mask=torch.ones_like(tokens), do_sample=True, top_k=0,
-                    top_p=1.0, temperature=1.0, max_new_tokens=NEW, min_new_tokens=NEW,
-                    num_return_sequences=1 if repeated else GROUP, pad_token_id=0)
+def their_sampling(theirs, n):
+    theirs.generate(prompts_for(n), do_sample=True, top_k=0, num_return_sequences=GROUP,
+                    max_new_tokens=NEW, min_new_tokens=NEW, pad_token_id=0)
 
 
-def their_update(theirs, optimizer, rollout, experts, micro):
-    """One optimiser step on Eq. 5, `micro` rows at a time."""
-    theirs.set_experts_implementation(experts)
+def their_update(theirs, optimizer, rollout):
+    """One optimiser step on the loss of GSPO."""
     optimizer.zero_grad()
-    B, T = rollout.logp_old.shape
-    for rows in torch.arange(B).split(micro):
+    for rows in torch.arange(len(rollout.tokens)).chunk(4):
         part = rollout.select(rows)
-        logits = theirs(part.tokens, use_cache=False, logits_to_keep=T + 1).logits
-        log_probs = logits[:, :-1].log_softmax(dim=-1)
-        logp = log_probs.gather(2, part.response[..., None])[..., 0]
-        loss, _ = gspo.policy_loss("gspo", logp, part.logp_old, part.advantages,
-                                   part.response_mask)
-        (loss * len(rows) / B).backward()
-    torch.nn.utils.clip_grad_norm_(theirs.parameters(), CONFIG.max_grad_norm)
-    optimizer.step()
+        logits = theirs(part.tokens, use_cache=False, logits_to_keep=COLUMNS - PROMPT + 1).logits
+        logp = logits[:, :-1].log_softmax(dim=-1).gather(2, part.response[..., None])[..., 0]
+        loss, _ = gspo.policy_loss("gspo", logp, part.logp_old, part.advantages, part.response_mask)
+        (loss / 4).backward()
+    gspo.optimizer_step(theirs.parameters(), [optimizer], max_grad_norm=1.0)
 
 
-# ---------------------------------------------------------------------------- TRL
-
-def trl_config(folder, n, max_steps, micro):
-    """What the same work needs. Unless `micro` is None, also what is fast, `micro` rows at a time;
-    the default is 8."""
-    from trl import GRPOConfig
-    parts = n // STEPS // (micro or 8)
-    tuned = {}
-    if micro:
-        tuned = {"per_device_train_batch_size": micro, "gradient_checkpointing": False,
-                 "bf16": False, "router_aux_loss_coef": 0.0, "logging_strategy": "no",
-                 "dataloader_pin_memory": False}
-    return GRPOConfig(
-        folder, max_steps=max_steps, num_generations=GROUP, max_completion_length=NEW,
-        gradient_accumulation_steps=parts, steps_per_generation=STEPS * parts,
-        generation_kwargs={"min_new_tokens": NEW}, importance_sampling_level="sequence",
-        loss_type="grpo", beta=0.0, epsilon=CLIP_LOW, epsilon_high=CLIP_HIGH, seed=0,
-        use_cpu=True, save_strategy="no", report_to="none", disable_tqdm=True, **tuned)
-
-
-def trl_tokenizer(words):
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=words[0],
-                                   eos_token=words[1])
-
-
-def is_sum_odd(completion_ids, **_):
-    """The reward of our_rl_step."""
-    return [sum(ids) % 2.0 for ids in completion_ids]
-
-
-def trl_cycles(model, n, repeats, experts, micro, between=None):
-    """Cycles of sampling n responses and STEPS optimiser steps, which take turns with the function
-    `between` -> the seconds of `repeats` cycles, and of `between`. The first is to warm up."""
+def trl_turns(our_step, model, n, rounds, tuned):
+    """RL steps of n responses, TRL's and ours in turn -> {side: its seconds in each round}."""
     from datasets import Dataset
-    from transformers import PrinterCallback, TrainerCallback
-    from trl import GRPOTrainer
-    ends = []
-    others = []
+    from trl import GRPOConfig, GRPOTrainer
+    times = [timer()]
 
-    class Turns(TrainerCallback):
-        def on_step_end(self, args, state, control, **_):
-            if state.global_step % STEPS == 0:
-                ends.append(time.perf_counter())
-                others.append(seconds(between) if between else 0.0)
-
-    words = ["<pad>", "<end>", *(f"w{i}" for i in range(2, VOCABULARY))]
-    texts = [" ".join(words[i] for i in prompt) for prompt in prompts_for(n)]
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = GRPOTrainer(
-            as_transformers(model, experts), reward_funcs=is_sum_odd, callbacks=[Turns()],
-            args=trl_config(folder, n, STEPS * (repeats + 1), micro),
-            train_dataset=Dataset.from_dict({"prompt": texts * (repeats + 2)}),
-            processing_class=trl_tokenizer(words))
-        trainer.remove_callback(PrinterCallback)
-        trainer.train()
-    spent = [end - begin - other for begin, other, end in zip(ends, others, ends[1:])]
-    return spent, others[1:]
-
-
-# ---------------------------------------------------------------------------- the comparisons
-
-def compare_sampling(bench, model, theirs):
-    rows = bench.sizes.rows
-
-    def measure(n, sides):
-        bench.measure(f"sampling, {n} responses", "tokens/s", n * NEW, sides)
-
-    def ours(name, model, n, threads=bench.threads):
-        return Side(name, threads, sampling_flop(model.config, n // GROUP, n),
-                    partial(our_sampling, model, n))
-
-    if theirs:
-        best = bench.fastest(
-            "transformers, sampling",
-            product(("grouped_mm", "eager"), (True, False)),
-            lambda choice: least_seconds(partial(their_sampling, theirs, rows, *choice)))
-    for n in (rows // 4, rows, 2 * rows, 4 * rows):
-        sides = [ours("ours", model, n)]
-        if theirs and n <= 2 * rows:
-            sides.append(Side("transformers", bench.threads, sampling_flop(model.config, n, n),
-                              partial(their_sampling, theirs, n, *best)))
-        if n == 2 * rows and bench.threads > 1:
-            sides.append(ours("ours, 1 thread", model, n, threads=1))
-        measure(n, sides)
-    measure(rows, [ours(f"ours, {E} experts", new_model(bench.sizes, E), rows)
-                   for E in (8, 16, 32, 64)])
+    def is_sum_odd(completion_ids, **_):
+        """The reward of our_rl_step. TRL asks for it once in an RL step: then it is our turn."""
+        times.append(timer())
+        our_step()
+        times.append(timer())
+        return [sum(ids) % 2.0 for ids in completion_ids]
+    tokenizer = hf.tokenizer_for(["<pad>", "<end>", *map(chr, range(0x102, 0x100 + VOCABULARY))])
+    data = Dataset.from_dict({"prompt": tokenizer.batch_decode(prompts_for(n * (rounds + 1)))})
+    rows = n // 4 if tuned else 8               # in a pass
+    tuning = {"gradient_checkpointing": False, "bf16": False, "router_aux_loss_coef": 0.0}
+    with tempfile.TemporaryDirectory() as folder, redirect_stdout(sys.stderr):
+        config = GRPOConfig(
+            folder, max_steps=STEPS * rounds, steps_per_generation=n // rows, use_cpu=True,
+            per_device_train_batch_size=rows, gradient_accumulation_steps=n // STEPS // rows,
+            num_generations=GROUP, max_completion_length=NEW, logging_strategy="no",
+            generation_kwargs={"min_new_tokens": NEW}, save_strategy="no", loss_type="grpo",
+            importance_sampling_level="sequence", **(tuning if tuned else {}))
+        GRPOTrainer(as_transformers(model), is_sum_odd, config, data,
+                    processing_class=tokenizer).train()
+    spent = [end - begin for begin, end in zip(times, times[1:])]
+    return {"ours": spent[1::2], "TRL, tuned" if tuned else "TRL, as it comes": spent[::2]}
 
 
-def compare_updates(bench, model, theirs):
-    rows = bench.sizes.rows
-    flop = update_flop(model.config, rows, COLUMNS)
-    rollout = our_sampling(model, rows, COLUMNS - PROMPT)
-    rollout.advantages = torch.randn(rows)
-    ours = partial(our_update, model, new_optimizer(model), rollout, 1)
-    sides = [Side("ours", bench.threads, flop, ours)]
-    if theirs:
-        update = partial(their_update, theirs, new_optimizer(theirs), rollout)
-        best = bench.fastest(
-            "transformers, update",
-            product(("grouped_mm", "eager"), (rows // 8, rows // 4, rows // 2, rows)),
-            lambda choice: least_seconds(partial(update, *choice)))
-        sides.append(Side("transformers", bench.threads, flop, partial(update, *best)))
-    if bench.threads > 1:
-        sides.append(Side("ours, 1 thread", 1, flop, ours))
-    bench.measure(f"update, {rows} x {COLUMNS} tokens", "tokens/s", rows * COLUMNS, sides)
+def take_turns(sides, rounds):
+    """Functions {side: function} -> {side: its seconds in each round}."""
+    spent = {side: [] for side in sides}
+    for _ in range(rounds):
+        for side, run in sides.items():
+            began = timer()
+            run()
+            spent[side].append(timer() - began)
+    return spent
 
 
-def compare_rl_steps(bench, model, with_trl):
-    rows = bench.sizes.rows
-    what = f"RL step, {rows} responses"
-    flop = (sampling_flop(model.config, rows // GROUP, rows)
-            + update_flop(model.config, rows, PROMPT + NEW))
-    step = partial(our_rl_step, model, new_optimizer(model), rows)
-    ours = Side("ours", bench.threads, flop, step)
-    if not with_trl:
-        bench.measure(what, "responses/s", rows, [ours])
+def comparisons(D, n, rounds, peers):
+    """For width D and n responses: what is measured, unit, amount in a round, {side: seconds}."""
+    model = new_model(D)
+    optimizer = adamw(model.parameters())
+    theirs = as_transformers(model) if peers else None
+    one_thread = set_torch_threads(1)           # one_thread(f) runs f on it
+    for k in (n // 4, n, 2 * n, 4 * n):
+        sides = {"ours": partial(our_sampling, model, k)}
+        if peers:
+            sides["transformers"] = partial(their_sampling, theirs, k)
+        if k == 2 * n:
+            sides["ours, 1 thread"] = one_thread(sides["ours"])
+        yield f"sampling, {k} responses", "tokens/s", k * NEW, take_turns(sides, rounds)
+    sides = {f"ours, {E} experts": partial(our_sampling, new_model(D, E), n)
+             for E in (8, 16, 32, 64)}
+    yield f"sampling, {n} responses", "tokens/s", n * NEW, take_turns(sides, rounds)
+
+    rollout = our_sampling(model, n, COLUMNS - PROMPT)
+    rollout.advantages = torch.randn(n)
+    sides = {"ours": partial(gspo.update, model, optimizer, rollout, UPDATE)}
+    if peers:
+        sides["transformers"] = partial(their_update, theirs, adamw(theirs.parameters()), rollout)
+    sides["ours, 1 thread"] = one_thread(sides["ours"])
+    yield f"update, {n} x {COLUMNS} tokens", "tokens/s", n * COLUMNS, take_turns(sides, rounds)
+
+    step = partial(our_rl_step, model, optimizer, n)
+    if not peers:
+        yield f"RL step, {n} responses", "responses/s", n, take_turns({"ours": step}, rounds)
         return
-    best = bench.fastest(
-        "TRL", product(("grouped_mm", "eager"), (rows // 16, rows // 8, rows // 4)),
-        lambda choice: min(trl_cycles(model, rows, 2, *choice)[0]))
-    # One pass scores the rollout, 3 are the update, and gradient checkpointing takes one more.
-    tuned = Side("TRL, tuned", bench.threads, trl_flop(model.config, rows, passes=4))
-    default = Side("TRL, as it comes", bench.threads, trl_flop(model.config, rows, passes=5))
-    for theirs, choice in ((tuned, best), (default, ("grouped_mm", None))):
-        spent, our_seconds = trl_cycles(model, rows, bench.repeats, *choice, between=step)
-        bench.record(what, "responses/s", rows, [ours, theirs], [our_seconds, spent])
-
-
-def parse_options():
-    parser = argparse.ArgumentParser(prog="python -m lab.study.bench", allow_abbrev=False,
-                                     description=__doc__.partition("\n")[0])
-    parser.add_argument("--peers", action="store_true", help="also transformers and TRL")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--device", default="cpu", help="cpu or cuda (without --peers)")
-    parser.add_argument("--small", action="store_true", help="tiny sizes, to see that it runs")
-    return parser.parse_args()
+    for tuned in (True, False):
+        yield f"RL step, {n} responses", "responses/s", n, trl_turns(step, model, n, rounds, tuned)
 
 
 def main():
-    options = parse_options()
-    if options.peers and options.device != "cpu":
-        sys.exit("bench: --peers measures on a CPU only; leave out --device")
-    os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1")
-    warnings.filterwarnings("ignore")           # the peers have many
-    logging.disable(logging.WARNING)
-    installed = {package.name: package.version for package in importlib.metadata.distributions()}
-    peers = ["transformers", "trl"] if options.peers else []
-    for name in [name for name in peers if name not in installed]:
-        print(f"{name} is not installed: the bench leaves it out")
-        peers.remove(name)
-
+    parser = argparse.ArgumentParser("python -m lab.study.bench", allow_abbrev=False)
+    parser.add_argument("--peers", action="store_true", help="also transformers and TRL, on a CPU")
+    parser.add_argument("--repeats", type=int, default=5, help="rounds that count")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cpu", help="cpu or, without --peers, cuda")
+    parser.add_argument("--small", action="store_true", help="tiny sizes, to see that it runs")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
     torch.set_default_device(options.device)
-    bench = Bench(SMALL if options.small else FULL, options.threads, options.repeats)
+    D = 32 if options.small else 128
+    n = 32 if options.small else 256
+    packages = ("torch", "transformers", "trl") if options.peers else ("torch",)
     results = vars(options) | {
-        "machine": machine().removesuffix(", 2 threads"),
-        "commit": shell("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty",
-                        "--exclude", "*"),
-        "versions": {name: installed.get(name) for name in ("torch", "transformers", "trl")},
-    }
-    model = new_model(bench.sizes)
-    theirs = as_transformers(model) if "transformers" in peers else None
-    if theirs:
-        difference = logits_difference(model, theirs, bench.sizes.rows)
-        assert difference < 1e-3, difference
-        results["logits_differ_by"] = difference
-        print(f"transformers' logits differ from ours by {difference:.1e} at most")
-    compare_sampling(bench, model, theirs)
-    compare_updates(bench, model, theirs)
-    compare_rl_steps(bench, model, "trl" in peers)
-    results |= {
-        "ceiling_gflops": bench.ceiling_gflops, "best": bench.best, "rows": bench.rows,
-        "peak_memory_mib": peak_memory_mib(), "copy_gbytes": copy_gbytes(),
-    }
-    if options.device == "cuda":
-        results["gpu"] = torch.cuda.get_device_name()
-        results["peak_gpu_memory_mib"] = torch.cuda.max_memory_allocated() // 2 ** 20
-    show(results)
-
-
-def show(results):
-    """Everything as a table for a README, then as JSON."""
-    print("\n| what | side | per second | GFLOP/s | of the ceiling | the first is faster by |")
-    print("|---|---|---|---|---|---|")
-    for row in results["rows"]:
-        print(table_row(row))
-    print()
-    for threads, gflops in results["ceiling_gflops"].items():
-        print(f"ceiling: {gflops:.1f} GFLOP/s with {threads} thread(s)")
-    print(f"{results['copy_gbytes']:.1f} GB/s for a copy; peak memory "
-          f"{results['peak_memory_mib']} MiB")
+        "machine": machine(),
+        "gpu": torch.cuda.get_device_name() if options.device == "cuda" else None,
+        "commit": shell("git", "describe", "--always", "--dirty", "--exclude", "*"),
+        "versions": {name: version(name) for name in packages}, "rows": []}
+    print("| what | side | per second | the first is faster by |\n|---|---|---|---|")
+    for what, unit, amount, spent in comparisons(D, n, 1 + options.repeats, options.peers):
+        medians = [statistics.median(times[1:]) for times in spent.values()]
+        for (side, times), median in zip(spent.items(), medians):
+            row = {"what": what, "side": side, "rate": amount / median, "unit": unit,
+                   "first_is_faster": median / medians[0], "seconds": times[1:]}
+            results["rows"].append(row)
+            print(f"| {what} | {side} | {row['rate']:.1f} {unit} | {row['first_is_faster']:.2f} |")
     print(json.dumps(results))
 
 

@@ -139,12 +139,6 @@ def with_interval(x) -> str:
     return f"{x.mean:+.3f} ({x.low:+.3f} to {x.high:+.3f}), {p}"
 
 
-def show(title: str, table: pd.DataFrame):
-    table = table.reset_index()
-    table.columns = table.columns.map(str)
-    print(f"\n# {title}\n\n{table.to_markdown(index=False, disable_numparse=True)}")
-
-
 def comparison(runs: pd.DataFrame, name: str) -> pd.DataFrame:
     """A table of contrasts in words."""
     primary, accuracy = (tests(runs, name, outcome) for outcome in OUTCOMES)
@@ -156,31 +150,29 @@ def comparison(runs: pd.DataFrame, name: str) -> pd.DataFrame:
     }).set_index("difference")
 
 
-def print_all(runs: pd.DataFrame):
-    for name in pd.read_csv(CONTRASTS).table.unique():
-        show(name, comparison(runs, name))
+def tables(runs: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """{title: a table in words}"""
+    found = {name: comparison(runs, name) for name in pd.read_csv(CONTRASTS).table.unique()}
     arms = runs.groupby(["study", "arm"], sort=False)
-    show("all arms, means", arms[COLUMNS].mean().map(cell).assign(seeds=arms.size()))
-    by_digits = arms[DIGITS].mean().dropna(subset="accuracy_3")
-    show("arithmetic by digits", by_digits.map(cell))
-    show("runs", runs[runs.study.isin(RUN_TABLE)].groupby(["study", "arm"])[ENDS].agg(with_range).T)
+    found["arms"] = arms[COLUMNS].mean().map(cell).assign(seeds=arms.size())
+    found["digits"] = arms[DIGITS].mean().dropna(subset="accuracy_3").map(cell)
+    of_runs = runs[runs.study.isin(RUN_TABLE)]
+    found["runs"] = of_runs.groupby(["study", "arm"])[ENDS].agg(with_range).T
     curves = pd.read_csv(CURVES).query("kind == 'all' and study in @RUN_TABLE")
-    show("held-out accuracy by step", curves.pivot_table(
-        "accuracy", "step", ["study", "arm"], aggfunc=with_range).fillna(""))
-    if "responses_good_4" in runs:
-        clipped = silenced(runs).pivot_table("share", ["study", "arm", "sign"], "length", sort=False)
-        show("share of tokens that the clip silences, by length of response", clipped.map(cell))
-    for name in ("scatter", "scatter-prefixes"):
-        if (RESULTS / f"{name}.csv").exists():
-            keys = ["regime", "tokens"] if "prefixes" in name else ["regime"]
-            table = pd.read_csv(RESULTS / f"{name}.csv").groupby(keys, sort=False)
-            show(name, table.mean(numeric_only=True).drop(columns="seed").map(cell))
+    found["steps"] = curves.pivot_table(
+        "accuracy", "step", ["study", "arm"], aggfunc=with_range).fillna("")
+    clipped = silenced(runs).pivot_table("share", ["study", "arm", "sign"], "length", sort=False)
+    found["clipped by length"] = clipped.map(cell)
+    for name, keys in {"scatter": ["regime"], "scatter-prefixes": ["regime", "tokens"]}.items():
+        of_regime = pd.read_csv(RESULTS / f"{name}.csv").drop(columns="seed").groupby(keys)
+        found[name] = of_regime.mean(numeric_only=True).map(cell)
     for name in ("bench", "bench-gpu"):
         rows = pd.DataFrame(json.loads((RESULTS / f"{name}.json").read_text())["rows"])
         rows["rate"] = rows.rate.round().astype(int)
         rows["first_is_faster"] = rows.first_is_faster.map("{:.2f}".format)
-        show(name, rows[["what", "side", "rate", "unit", "first_is_faster"]].set_index("what"))
-    show("processes", pd.read_csv(RESULTS / "processes.csv").set_index("processes"))
+        found[name] = rows[["what", "side", "rate", "unit", "first_is_faster"]].set_index("what")
+    found["processes"] = pd.read_csv(RESULTS / "processes.csv").set_index("processes")
+    return found
 
 
 # ---------------------------------------------------------------------------- figures
@@ -272,7 +264,12 @@ def draw_clip(runs: pd.DataFrame):
 def main():
     runs = load()
     if "--draw" not in sys.argv:
-        return print_all(runs)
+        for title, table in tables(runs).items():
+            table = table.reset_index()
+            table.columns = table.columns.map(str)
+            words = table.to_markdown(index=False, disable_numparse=True)
+            print(f"\n# {title}\n\n{words}")
+        return
     for name in ("settings", "experts", "samplers", "length"):
         draw_forest(runs, name)
     for draw in (draw_rates, draw_noise, draw_clip):

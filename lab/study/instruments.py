@@ -13,6 +13,7 @@ by -sigma^2 / 2. With --centred it stays.
 import dataclasses
 import random
 import sys
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -26,8 +27,8 @@ from lab.options import option
 
 DUAL_CLIP = 3.0                         # 1912.09729, as in verl
 LENGTHS = (4, 16, 32, 64, 128)          # cells of responses: of at most so many tokens
-COLUMNS = [f"{what}_{sign}_{length}" for what in ("responses", "clipped")
-           for sign in ("good", "bad") for length in LENGTHS]
+COLUMNS = ["_".join(words) for words in product(
+    ("responses", "clipped"), ("good", "bad"), map(str, LENGTHS))]
 
 
 @dataclasses.dataclass
@@ -37,8 +38,7 @@ class Options:
     common_noise: float = option(0.0, "spread, for each response", 0)
     centred: bool = option(False, "the mean of log w stays")
     random_rewards: bool = option(False, "0 or 1, whatever the response is")
-    final_samples: int = option(0, "responses to a held-out problem in a last evaluation, more "
-                                   "than the usual 4; a multiple of 4", 0)
+    final_samples: int = option(0, "responses to a problem in a last evaluation, in fours", 0)
 
 
 def wanted(config) -> bool:
@@ -103,7 +103,7 @@ class Extra:
             self.progress["evaluation"]["accuracy"] = sum(rewards) / len(rewards)
 
 
-def grpo_dual_clip(logs: LogRatios, A: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
+def grpo_dual_clip(logs: LogRatios, A: Tensor, low: float, high: float):
     """GRPO, but a bad token's weight is at most DUAL_CLIP: beyond that it has no gradient."""
     worth, clipped = gspo.grpo(logs, A, low, high)
     too_far = (A < 0) & (to_ratio(logs.log_w) > DUAL_CLIP)
@@ -112,15 +112,13 @@ def grpo_dual_clip(logs: LogRatios, A: Tensor, low: float, high: float) -> tuple
 
 # The two below have the gradient that they say. Their value means nothing where they are clipped.
 
-def gspo_clip_grpo_weight(logs: LogRatios, A: Tensor, low: float,
-                          high: float) -> tuple[Tensor, Tensor]:
+def gspo_clip_grpo_weight(logs: LogRatios, A: Tensor, low: float, high: float):
     """A response is kept or clipped as in GSPO; if kept, its tokens have GRPO's weights w."""
     _, clipped = gspo.gspo(logs, A, low, high)
     return torch.where(clipped, A, to_ratio(logs.log_w) * A), clipped
 
 
-def grpo_clip_gspo_weight(logs: LogRatios, A: Tensor, low: float,
-                          high: float) -> tuple[Tensor, Tensor]:
+def grpo_clip_gspo_weight(logs: LogRatios, A: Tensor, low: float, high: float):
     """A token is kept or clipped as in GRPO; if kept, it has the weight s of GSPO."""
     _, clipped = gspo.grpo(logs, A, low, high)
     zero = logs.logp - logs.logp.detach()       # but its gradient is not

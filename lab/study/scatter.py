@@ -47,7 +47,7 @@ def prefixes(log_w: pd.DataFrame) -> pd.DataFrame:
                         independent=table.log_w_std / table.tokens ** 0.5)   # log s's, if they were
 
 
-def after_update(folder: Path):
+def after_update(folder: Path) -> tuple:
     """From a run's last checkpoint -> the rollout not trained on, its scores now and replayed."""
     words = ["--eval_only", "--device", "cpu", "--out", str(folder)]
     config, task, _, state = command_line.parse(words, train.Config, train.OPTION_GROUPS, "")

@@ -1,6 +1,7 @@
 """The studies and what is made of them: statistics beside numbers worked out by hand, and the pages
 of results/, whose numbers must be printed by one command."""
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -103,25 +104,32 @@ def test_every_figure_can_be_drawn_from_the_committed_tables(tmp_path, monkeypat
 # ------------------------------------------------------------------------------------ the pages
 
 NUMBER = re.compile(r"(?<![\w.])(\d+\.\d+(?:e-\d+)?)( %)?(?![\w]|\.\d)|(?<![\w.])(\d+) %")
+NOT_MEASURED = re.compile(r"```.*?```|`[^`]*`|\d{4}\.\d{5}|\(from [^)]*\)", re.DOTALL)
 PAGES = sorted((HOUSE / "results").glob("**/*.md"))
 
 
 @pytest.fixture(scope="module")
-def printed():
-    """All numbers that the command prints."""
-    import contextlib
-    import io
-    out = io.StringIO()
-    with contextlib.redirect_stdout(out):
-        evidence.print_all(evidence.load())
-    return [float(x) for x in re.findall(r"\d+(?:\.\d+)?(?:e-\d+)?", out.getvalue())]
+def tables():
+    return evidence.tables(evidence.load())
+
+
+def printed_for(text, tables):
+    """The numbers of the tables that a page names, of all if it names none: a line "Tables: `name`,
+    ..." at its end. Of the table of all arms, the rows of the studies that its command makes."""
+    named = re.findall(r"`([^`]+)`", text.partition("\nTables:")[2]) or list(tables)
+    studies = shlex.split(" ".join(re.findall(r"lab\.study\.study ([^`]*)`", text)))
+    words = [tables[name].reset_index().to_csv(index=False) for name in named]
+    arms = tables["arms"].reset_index()
+    words.append(arms[arms.study.isin(studies)].to_csv(index=False))
+    return [float(x) for x in re.findall(r"\d+(?:\.\d+)?(?:e-\d+)?", " ".join(words))]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=[page.stem for page in PAGES])
-def test_every_number_of_a_page_is_printed(page, printed):
-    text = re.sub(r"```.*?```|`[^`]*`|\d{4}\.\d{5}|\(\d\)", "", page.read_text(), flags=re.DOTALL)
+def test_every_number_of_a_page_is_in_the_tables_that_it_names(page, tables):
+    text = page.read_text(encoding="utf-8")
+    printed = printed_for(text, tables)
     missing = []
-    for number, percent, whole in NUMBER.findall(text):
+    for number, percent, whole in NUMBER.findall(NOT_MEASURED.sub("", text)):
         written = number or whole
         scale = 100 if percent or whole else 1
         digits = len(written.partition("e")[0].partition(".")[2])

@@ -1,5 +1,5 @@
-"""The order of the house: which way imports run, how long files are, and that the README speaks of
-what exists."""
+"""The order of the house: which way imports run, how long files and pages are, and that the pages
+speak of what exists."""
 import ast
 import re
 import shutil
@@ -38,6 +38,7 @@ def room_of(path):
 
 FILES = sorted([*HOUSE.glob("*.py"), *HOUSE.glob("data/*.py"), *HOUSE.glob("lab/**/*.py")])
 IN_ORDER = [path for path in FILES if room_of(path) in MAY_IMPORT]
+PAGES = [HOUSE / "README.md", HOUSE / "lab" / "README.md", *sorted(HOUSE.glob("results/**/*.md"))]
 KEPT_SHORT = [path for path in IN_ORDER if path.name != "test_gspo.py"]
 
 
@@ -93,6 +94,15 @@ def test_the_core_is_short():
     assert sum(len(lines(path)) for path in core) <= 1100
 
 
+def test_the_studies_are_short():
+    assert sum(len(lines(path)) for path in HOUSE.glob("lab/study/*.py")) <= 850
+
+
+def test_the_readme_counts_the_lines_of_the_core():
+    for name in ("moe.py", "gspo.py", "train.py"):
+        assert f"[{name}]({name}), {len(lines(HOUSE / name))} lines" in README
+
+
 @of_file(FILES)
 def test_no_file_is_longer_than_its_room_allows_and_no_line_than_100_columns(path):
     assert len(lines(path)) <= MOST_LINES.get(room_of(path), 1000)
@@ -121,12 +131,49 @@ def test_the_functions_that_the_readme_names_exist():
         assert name in defined, f"{name} is not in {file}"
 
 
-@pytest.mark.parametrize("page", ["README.md", "results/README.md", "results/doubts.md"])
-def test_links_to_files_lead_somewhere(page):
-    text = (HOUSE / page).read_text(encoding="utf-8")
-    for link in re.findall(r"\]\(([^)#]+)[^)]*\)", text):
-        if not link.startswith("http"):
-            assert ((HOUSE / page).parent / link).exists(), link
+def anchors(page):
+    """Those of its headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@of_file(PAGES)
+def test_links_lead_somewhere(path):
+    for link in re.findall(r"\]\(([^) ]+)\)", path.read_text(encoding="utf-8")):
+        if link.startswith("http"):
+            continue
+        file, _, anchor = link.partition("#")
+        target = path.parent / file if file else path
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+def test_the_pages_are_short():
+    sizes = {"README.md": 10_000, "results/README.md": 6_000, "results/runs.md": 5_000,
+             "results/speed.md": 3_000, "results/doubts.md": 4_000, "lab/README.md": 12_000}
+    reference = 0
+    for page in PAGES:
+        name = page.relative_to(HOUSE).as_posix()
+        size = page.stat().st_size
+        assert size <= sizes.get(name, 3_000), f"{name} has {size} bytes"
+        reference += size if name != "README.md" else 0
+    assert reference <= 45_000
+
+
+def test_the_ten_lines_of_the_readme_are_the_loss_that_trains():
+    code, = re.findall(r"```py\n(def gspo_loss.*?)```", README, re.DOTALL)
+    names = {"torch": torch}
+    exec(code, names)
+    logp_old = torch.randn(8, 5, dtype=torch.float64) - 3
+    mask = torch.arange(5) < torch.tensor([5, 1, 3, 2, 4, 5, 2, 3])[:, None]
+    rewards = torch.tensor([[1.0, 0, 0, 1], [1, 1, 1, 1]], dtype=torch.float64)
+    logp = (logp_old + 0.01 * torch.randn_like(logp_old)).requires_grad_()
+    loss = names["gspo_loss"](logp, logp_old, mask, rewards)
+    advantages = gspo.group_advantages(rewards).flatten()
+    expected, clipped = gspo.policy_loss("gspo", logp, logp_old, advantages, mask)
+    assert clipped.any() and not clipped.all()
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(*(torch.autograd.grad(x, logp) for x in (loss, expected)))
 
 
 def test_the_objective_of_the_readme_is_a_row_like_any_other(monkeypatch):
@@ -141,8 +188,9 @@ def test_the_objective_of_the_readme_is_a_row_like_any_other(monkeypatch):
     torch.testing.assert_close(logp.grad, (-advantages / 20)[:, None].expand(4, 5))
 
 
-def test_the_loss_in_ones_own_trainer_as_the_readme_has_it():
-    code, = re.findall(r"```py\n(from gspo.*?)```", README, re.DOTALL)
+def test_the_loss_in_ones_own_trainer_as_the_page_has_it():
+    page = (HOUSE / "lab/README.md").read_text(encoding="utf-8")
+    code, = re.findall(r"```py\n(from gspo.*?)```", page, re.DOTALL)
     tokens = torch.randint(7, (4, 8))
     embedding = torch.nn.Embedding(7, 7)
 
