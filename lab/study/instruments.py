@@ -1,4 +1,4 @@
-"""What a study needs and train.py cannot do: noise on the stored log-probs, rewards drawn at random,
+"""What studies need and train.py cannot do: noise on the stored log-probs, rewards drawn at random,
 a last evaluation with more samples, which responses the clip silences, and objectives that mix the
 parts of GSPO and GRPO or leave out their 1/|y|. All other options are those of train.py.
 
@@ -59,8 +59,8 @@ def noise(logp: Tensor, config: Options, generator: torch.Generator) -> Tensor:
 
 
 def clipped_by_length(learned: list[gspo.Learned]) -> dict[str, float]:
-    """Of an RL step, after its first mini-batch: how many responses of each length and sign of A it
-    learned from, and the sum of the shares of their tokens that the clip takes the gradient from."""
+    """Of an RL step, after its first mini-batch: how many responses of each length and sign of A
+    there were, and the sum of the shares of their tokens that the clip takes the gradient from."""
     found = dict.fromkeys(COLUMNS, 0.0)
     for x in learned:
         if x.mini_batch == 0:
