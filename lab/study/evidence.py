@@ -10,6 +10,7 @@ Differences are paired by seed, an interval is Student's t at 95 %, and the p va
 are corrected by Holm within a table. A claim that one difference is larger than another tests the
 difference of the two.
 """
+import itertools
 import json
 import re
 import sys
@@ -26,15 +27,10 @@ from lab.study.study import CURVES, KEYS, RESULTS, RUNS
 CONTRASTS = RESULTS / "contrasts.csv"
 OUTCOMES = {"primary": "mean reward over the run", "accuracy": "held-out accuracy at the end"}
 TERM = re.compile(r"(?:^|([+-]) )(.+?)(?= [+-] |$)")        # of "study/arm - study/arm"
-COLUMNS = ["reward", "accuracy", "accuracy_greedy", "log_w_std", "log_s_std", "clipped",
-           "expert_change", "collapsed"]
-DIGITS = ["primary", *(f"accuracy_{n}" for n in range(1, 6)), "kl", "length_right", "length_wrong"]
-RUN_TABLE = ["main job", "long run", "queries", "Countdown", "precision"]
-ENDS = ["accuracy_teacher", "accuracy_cold_start", "accuracy", "accuracy_greedy",
-        "think_share_cold_start", "think_share", "length_cold_start", "length_at_end", "seconds",
-        "seconds_cold_start", "peak_memory_mib", "trials_cold_start", "trials",
-        "random_search_cold_start", "random_search", "gave_up_cold_start", "gave_up",
-        "false_hits_cold_start", "false_hits"]
+COLUMNS = ["reward", "primary", "accuracy", "accuracy_greedy", "log_w_std", "log_s_std", "clipped",
+           "kl", "expert_change", "length_right", "length_wrong", "collapsed",
+           *(f"accuracy_{digits}" for digits in range(1, 6))]
+RUN_TABLE = ["main job", "a minute", "long run", "queries", "Countdown", "precision"]
 COLOURS = {"gspo": "#1f5fa8", "grpo": "#d9822b", "arithmetic": "#7d4f9e", "Countdown": "#2a9d8f"}
 TITLES = {
     "settings": "GSPO - GRPO by setting: behind in arithmetic, ahead on Countdown",
@@ -110,14 +106,13 @@ def best_rates(runs: pd.DataFrame) -> pd.DataFrame:
 
 def silenced(runs: pd.DataFrame) -> pd.DataFrame:
     """The share of the tokens of a response that the clip takes the gradient from: a row for each
-    run, length of response (at most so many tokens) and sign of A."""
+    run, sign of A and length of response (at most so many tokens)."""
     rows = []
-    for sign in ("good", "bad"):
-        for length in LENGTHS:
-            n = runs[f"responses_{sign}_{length}"]
-            share = runs[f"clipped_{sign}_{length}"] / n
-            rows.append(runs[KEYS].assign(sign=sign, length=length, n=n, share=share))
-    return pd.concat(rows)[lambda table: table.n > 1]
+    for sign, length in itertools.product(("good", "bad"), LENGTHS):
+        n = runs[f"responses_{sign}_{length}"]
+        share = (runs[f"clipped_{sign}_{length}"] / n).where(n > 1)
+        rows.append(runs[KEYS].assign(sign=sign, length=length, share=share))
+    return pd.concat(rows).dropna()
 
 
 # ---------------------------------------------------------------------------- words
@@ -155,9 +150,8 @@ def tables(runs: pd.DataFrame) -> dict[str, pd.DataFrame]:
     found = {name: comparison(runs, name) for name in pd.read_csv(CONTRASTS).table.unique()}
     arms = runs.groupby(["study", "arm"], sort=False)
     found["arms"] = arms[COLUMNS].mean().map(cell).assign(seeds=arms.size())
-    found["digits"] = arms[DIGITS].mean().dropna(subset="accuracy_3").map(cell)
-    of_runs = runs[runs.study.isin(RUN_TABLE)]
-    found["runs"] = of_runs.groupby(["study", "arm"])[ENDS].agg(with_range).T
+    of_runs = runs[runs.study.isin(RUN_TABLE)].drop(columns=["command", "commit", "machine"])
+    found["runs"] = of_runs.groupby(["study", "arm"]).agg(with_range).T
     curves = pd.read_csv(CURVES).query("kind == 'all' and study in @RUN_TABLE")
     found["steps"] = curves.pivot_table(
         "accuracy", "step", ["study", "arm"], aggfunc=with_range).fillna("")
@@ -185,11 +179,13 @@ def save(figure, name: str):
 
 def draw_forest(runs: pd.DataFrame, name: str):
     """The contrasts of a table, with their intervals; every seed is a tick."""
+    on_countdown = runs.command.str.contains("countdown", na=True).groupby(runs.study).all()
+    task_of = on_countdown.map({True: "Countdown", False: "arithmetic"})
     figure, axes = plt.subplots(1, 2, figsize=(11, 5), sharey=True, layout="constrained")
     for axis, (outcome, meaning) in zip(axes, OUTCOMES.items()):
         table = tests(runs, name, outcome)
         for i, row in table.iterrows():
-            colour = COLOURS["Countdown" if "Countdown" in row.difference else "arithmetic"]
+            colour = COLOURS[task_of[row.contrast.partition("/")[0]]]
             axis.plot([row.low, row.high], [i, i], color=colour, linewidth=2)
             axis.plot(row["mean"], i, "o", color=colour)
             seeds = differences(runs, row.contrast, outcome)
@@ -210,8 +206,7 @@ def draw_lines(axis, table: pd.DataFrame, x: str, y: str):
     """The mean of y over x for both methods, and its interval."""
     table = table[table.method.isin(COLOURS)]
     seaborn.lineplot(table, x=x, y=y, hue="method", style="method", markers=True, palette=COLOURS,
-                     hue_order=["gspo", "grpo"], style_order=["gspo", "grpo"], errorbar=interval,
-                     ax=axis)
+                     errorbar=interval, ax=axis)
     axis.set_ylabel(OUTCOMES[y])
     axis.grid(alpha=0.3)
 
@@ -265,10 +260,7 @@ def main():
     runs = load()
     if "--draw" not in sys.argv:
         for title, table in tables(runs).items():
-            table = table.reset_index()
-            table.columns = table.columns.map(str)
-            words = table.to_markdown(index=False, disable_numparse=True)
-            print(f"\n# {title}\n\n{words}")
+            print(f"\n# {title}\n\n{table.to_markdown(disable_numparse=True)}")
         return
     for name in ("settings", "experts", "samplers", "length"):
         draw_forest(runs, name)

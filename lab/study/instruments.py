@@ -1,10 +1,8 @@
 """What studies need and train.py cannot do: noise on the stored log-probs, rewards drawn at random,
 a last evaluation with more samples, which responses the clip silences, and objectives that mix the
-parts of GSPO and GRPO or leave out their 1/|y|. All other options are those of train.py.
+parts of GSPO and GRPO or leave out their 1/|y|. The form is that of a file in lab/extras/.
 
-    python -m lab.study.instruments --noise 1 --algorithm grpo
-
-The file has the form of one in lab/extras/, but is in no list there: train.py does not know it.
+    python -m lab.study.instruments --noise 1 --algorithm grpo         and all options of train.py
 
 Noise gives each token's ratio w a factor exp(sigma z - sigma^2 / 2), z normal. Its mean is 1, as
 that of a true ratio is over the tokens of a sampler; so the mean of log w, and log s with it, moves
@@ -65,13 +63,12 @@ def clipped_by_length(learned: list[gspo.Learned]) -> dict[str, float]:
     for x in learned:
         if x.mini_batch == 0:
             continue
-        shares = response_mean(x.clipped.float(), x.batch.response_mask)[:, 0]
-        rows = zip(x.batch.lengths.tolist(), x.batch.advantages.tolist(), shares.tolist())
-        for length, A, share in rows:
+        shares = response_mean(x.clipped.float(), x.batch.response_mask)[:, 0]          # (B,)
+        for length, A, share in zip(x.batch.lengths, x.batch.advantages, shares):
             cell = next((most for most in LENGTHS if length <= most), LENGTHS[-1])
             sign = "good" if A > 0 else "bad"
             found[f"responses_{sign}_{cell}"] += 1
-            found[f"clipped_{sign}_{cell}"] += share
+            found[f"clipped_{sign}_{cell}"] += share.item()
     return found
 
 
