@@ -10,6 +10,7 @@ from lab.tests.tools import HOUSE
 
 @pytest.mark.skipif(not (HOUSE / ".git").exists(), reason="the bench names the commit")
 def test_every_side_has_a_row():
+    pytest.importorskip("pandas")
     words = ("-m", "lab.study.bench", "--small", "--repeats", "1", "--threads", "1")
     output = subprocess.run([sys.executable, *words], cwd=HOUSE, check=True, text=True,
                             stdout=subprocess.PIPE).stdout

@@ -6,12 +6,10 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("pandas")       # lab/requirements.txt
-pytest.importorskip("statsmodels")
-pytest.importorskip("seaborn")
-import pandas as pd
-
-from lab.study import evidence, study
+pd = pytest.importorskip("pandas")          # lab/requirements.txt
+for package in ("seaborn", "statsmodels", "tabulate"):
+    pytest.importorskip(package)
+from lab.study import evidence, study  # noqa: E402
 
 HOUSE = Path(__file__).parent.parent.parent
 

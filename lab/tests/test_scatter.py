@@ -3,14 +3,15 @@ import itertools
 import statistics
 from math import nan
 
-import pandas as pd
 import pytest
 import torch
 
 import train
 from data import arithmetic
-from lab.study import scatter
 from lab.tests.tools import few_held_out
+
+pd = pytest.importorskip("pandas")          # lab/requirements.txt
+from lab.study import scatter  # noqa: E402
 
 
 @pytest.mark.parametrize("lengths", [(4, 2, 3), (5, 1, 5)])
