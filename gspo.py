@@ -175,7 +175,7 @@ class Algorithm(NamedTuple):
 # The GSPO paper has the clip range 3e-4 and 4e-4, for responses of thousands of tokens. Ours have
 # about 30 tokens, so that one token moves the mean much further. Ten times the range learned faster
 # on all of five seeds. A rule is half the spread of log s, which a run logs as log_s_std;
-# results/README.md has the figures for both. The range of GRPO is that of the GSPO paper.
+# results/claims/clip.md has the figures. The range of GRPO is that of the GSPO paper.
 ALGORITHMS = {      # lab/extras/relatives.py adds more
     "gspo": Algorithm(gspo, (3e-3, 4e-3), per_token=False),
     "grpo": Algorithm(grpo, (0.2, 0.27)),

@@ -1,4 +1,4 @@
-"""What ratios, routers and sampler look like in an update. results/README.md explains each."""
+"""What ratios, routers and sampler look like in an update. lab/README.md explains each."""
 import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
