@@ -27,9 +27,9 @@ from lab.study.study import CURVES, KEYS, RESULTS, RUNS
 CONTRASTS = RESULTS / "contrasts.csv"
 OUTCOMES = {"primary": "mean reward over the run", "accuracy": "held-out accuracy at the end"}
 TERM = re.compile(r"(?:^|([+-]) )(.+?)(?= [+-] |$)")        # of "study/arm - study/arm"
-COLUMNS = ["reward", "primary", "accuracy", "accuracy_greedy", "log_w_std", "log_s_std", "clipped",
-           "kl", "expert_change", "length_right", "length_wrong", "collapsed",
-           *(f"accuracy_{digits}" for digits in range(1, 6))]
+COLUMNS = ["reward", "primary", "accuracy_cold_start", "accuracy", "accuracy_greedy", "log_w_std",
+           "log_s_std", "clipped", "kl", "expert_change", "length_right", "length_wrong",
+           "collapsed", *(f"accuracy_{digits}" for digits in range(1, 6))]
 RUN_TABLE = ["main job", "a minute", "long run", "queries", "Countdown", "precision"]
 COLOURS = {"gspo": "#1f5fa8", "grpo": "#d9822b", "arithmetic": "#7d4f9e", "Countdown": "#2a9d8f"}
 TITLES = {

@@ -13,6 +13,7 @@ problems: they are compared in pairs. evidence.py does that.
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -45,13 +46,9 @@ def commit() -> str:
 
 def machine() -> str:
     """The processor, as a reader can compare it; no names, no paths."""
-    model = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                model = line.split(": ")[1]
-    return model
+    named = cpuinfo.exists() and re.search("model name.*: (.*)", cpuinfo.read_text())
+    return named[1] if named else platform.processor() or platform.machine()
 
 
 def make(name: str, arm: str, seed: int, command: str) -> dict[Path, pd.DataFrame]:
