@@ -56,7 +56,9 @@ def load() -> pd.DataFrame:
     runs = runs.assign(
         primary=runs.reward.where(uniform, held_out), clipped=runs.clip_low + runs.clip_high,
         collapsed=runs.accuracy < runs.accuracy_cold_start).combine_first(by_digits)
-    return pd.concat([runs, best_rates(runs)])
+    scatter = pd.read_csv(RESULTS / "scatter.csv").drop(columns=["command", "commit", "machine"])
+    scatter = scatter.melt(["regime", "seed"], None, "arm", "primary")
+    return pd.concat([runs, best_rates(runs), scatter.rename(columns={"regime": "study"})])
 
 
 def differences(runs: pd.DataFrame, contrast: str, outcome: str) -> pd.Series:
@@ -136,19 +138,18 @@ def with_interval(x) -> str:
 
 def comparison(runs: pd.DataFrame, name: str) -> pd.DataFrame:
     """A table of contrasts in words."""
-    primary, accuracy = (tests(runs, name, outcome) for outcome in OUTCOMES)
-    return pd.DataFrame({
-        "difference": primary.difference,
-        OUTCOMES["primary"]: [with_interval(x) for x in primary.itertuples()],
-        "ahead on": [f"{x.ahead} of {x.n}" for x in primary.itertuples()],
-        OUTCOMES["accuracy"]: [with_interval(x) for x in accuracy.itertuples()],
-    }).set_index("difference")
+    words = {}
+    for outcome, meaning in OUTCOMES.items():
+        table = tests(runs, name, outcome).set_index("difference")
+        words[meaning] = pd.Series(map(with_interval, table.itertuples()), table.index, dtype=str)
+        words[f"ahead, {outcome}"] = table.ahead.astype(str) + " of " + table.n.astype(str)
+    return pd.DataFrame(words, words[OUTCOMES["primary"]].index).fillna("")
 
 
 def tables(runs: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """{title: a table in words}"""
     found = {name: comparison(runs, name) for name in pd.read_csv(CONTRASTS).table.unique()}
-    arms = runs.groupby(["study", "arm"], sort=False)
+    arms = runs[runs.command.notna()].groupby(["study", "arm"], sort=False)
     found["arms"] = arms[COLUMNS].mean().map(cell).assign(seeds=arms.size())
     of_runs = runs[runs.study.isin(RUN_TABLE)].drop(columns=["command", "commit", "machine"])
     found["runs"] = of_runs.groupby(["study", "arm"]).agg(with_range).T
