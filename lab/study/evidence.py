@@ -58,7 +58,8 @@ def load() -> pd.DataFrame:
         collapsed=runs.accuracy < runs.accuracy_cold_start).combine_first(by_digits)
     scatter = pd.read_csv(RESULTS / "scatter.csv").drop(columns=["command", "commit", "machine"])
     scatter = scatter.melt(["regime", "seed"], None, "arm", "primary")
-    return pd.concat([runs, best_rates(runs), scatter.rename(columns={"regime": "study"})])
+    scatter = scatter.rename(columns={"regime": "study"})
+    return pd.concat([runs, scatter, *(best_of(runs, name) for name in ("rates", "int4, ranges"))])
 
 
 def differences(runs: pd.DataFrame, contrast: str, outcome: str) -> pd.Series:
@@ -90,19 +91,16 @@ def tests(runs: pd.DataFrame, name: str, outcome: str) -> pd.DataFrame:
     return table
 
 
-def best_rates(runs: pd.DataFrame) -> pd.DataFrame:
-    """For each seed of the study "rates", the primary outcome of both methods at the rate that the
-    other seeds chose for each."""
-    rates = runs[runs.study == "rates"].copy()
-    rates["method"] = rates.arm.str[:4]
+def best_of(runs: pd.DataFrame, study: str) -> pd.DataFrame:
+    """Runs of a study "best of ...": for each seed and method, the run of the arm that has the best
+    primary outcome on the other seeds. Only seeds that all arms have."""
+    of_study = runs[runs.study == study].set_index(["arm", "seed"])
+    outcomes = of_study.primary.unstack("arm").dropna()                     # a row for each seed
     chosen = []
-    for seed in rates.seed.unique():
-        others = rates[rates.seed != seed]
-        for method, of_method in others.groupby("method"):
-            arm = of_method.groupby("arm").primary.mean().idxmax()
-            row = rates[(rates.seed == seed) & (rates.arm == arm)].iloc[0]
-            chosen.append({"study": "best rates", "arm": method, "seed": seed,
-                           "primary": row.primary, "accuracy": row.accuracy, "chosen": arm})
+    for method, seed in itertools.product(("gspo", "grpo"), outcomes.index):
+        others = outcomes.filter(like=method).drop(index=seed)
+        run = of_study.loc[(others.mean().idxmax(), seed)]
+        chosen.append(run.to_dict() | {"study": f"best of {study}", "arm": method, "seed": seed})
     return pd.DataFrame(chosen)
 
 
@@ -139,17 +137,17 @@ def with_interval(x) -> str:
 def comparison(runs: pd.DataFrame, name: str) -> pd.DataFrame:
     """A table of contrasts in words."""
     words = {}
-    for outcome, meaning in OUTCOMES.items():
+    for outcome in OUTCOMES:
         table = tests(runs, name, outcome).set_index("difference")
-        words[meaning] = pd.Series(map(with_interval, table.itertuples()), table.index, dtype=str)
-        words[f"ahead, {outcome}"] = table.ahead.astype(str) + " of " + table.n.astype(str)
-    return pd.DataFrame(words, words[OUTCOMES["primary"]].index).fillna("")
+        words[outcome] = pd.Series(map(with_interval, table.itertuples()), table.index, dtype=str)
+        words[f"{outcome}, ahead"] = table.ahead.astype(str) + " of " + table.n.astype(str)
+    return pd.DataFrame(words, words["primary"].index).fillna("")
 
 
 def tables(runs: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """{title: a table in words}"""
     found = {name: comparison(runs, name) for name in pd.read_csv(CONTRASTS).table.unique()}
-    arms = runs[runs.command.notna()].groupby(["study", "arm"], sort=False)
+    arms = runs[runs.reward.notna() | runs.accuracy.notna()].groupby(["study", "arm"], sort=False)
     found["arms"] = arms[COLUMNS].mean().map(cell).assign(seeds=arms.size())
     of_runs = runs[runs.study.isin(RUN_TABLE)].drop(columns=["command", "commit", "machine"])
     found["runs"] = of_runs.groupby(["study", "arm"]).agg(with_range).T

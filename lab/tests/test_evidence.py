@@ -49,16 +49,19 @@ def test_intervals_are_students_and_p_values_are_corrected_by_holm(tmp_path, mon
     assert evidence.tests(RUNS, "u", "accuracy").p[0] == pytest.approx(0.0742, abs=1e-4)
 
 
-def test_the_best_rate_is_chosen_by_the_other_seeds():
+def test_the_best_arm_is_chosen_by_the_other_seeds():
     rewards = {"gspo, lr 1e-4": (0.5, 0.5, 0.1), "gspo, lr 2e-4": (0.1, 0.4, 0.9),
                "grpo, lr 1e-4": (0.3, 0.3, 0.3), "grpo, lr 2e-4": (0.0, 0.0, 0.8)}
-    rows = [("rates", arm, seed, x, x) for arm, values in rewards.items()
+    rows = [("rates", arm, seed, x, 1 - x) for arm, values in rewards.items()
             for seed, x in enumerate(values)]
+    rows.append(("rates", "grpo, lr 1e-4", 3, 0.3, 0.7))        # seed 3 lacks the other arms
     runs = pd.DataFrame(rows, columns=["study", "arm", "seed", "primary", "accuracy"])
-    chosen = evidence.best_rates(runs).set_index(["arm", "seed"]).primary
+    chosen = evidence.best_of(runs, "rates").set_index(["arm", "seed"])
     # Without seed 2, gspo has means 0.5 and 0.25: the lower rate, which seed 2 likes least.
-    assert chosen["gspo"].to_list() == [0.1, 0.4, 0.1]
-    assert chosen["grpo"].to_list() == [0.0, 0.0, 0.3]
+    assert chosen.primary["gspo"].to_list() == [0.1, 0.4, 0.1]
+    assert chosen.primary["grpo"].to_list() == [0.0, 0.0, 0.3]
+    assert chosen.accuracy["grpo"].to_list() == [1.0, 1.0, 0.7]
+    assert set(chosen.study) == {"best of rates"}
 
 
 def test_every_arm_has_a_command_of_its_own_and_instruments_where_train_py_lacks_them():
@@ -73,10 +76,12 @@ def test_every_arm_has_a_command_of_its_own_and_instruments_where_train_py_lacks
 
 def test_the_committed_runs_and_contrasts_are_of_arms_that_exist():
     listed = pd.read_csv(study.STUDIES)[["study", "arm"]].agg("/".join, axis=1)
-    made = evidence.load()[["study", "arm"]].agg("/".join, axis=1)
+    runs = evidence.load()
+    made = runs[["study", "arm"]].agg("/".join, axis=1)
     assert set(pd.read_csv(study.RUNS)[["study", "arm"]].agg("/".join, axis=1)) <= set(listed)
     for contrast in pd.read_csv(evidence.CONTRASTS).contrast:
         assert {place for _, place in evidence.TERM.findall(contrast)} <= set(made), contrast
+        assert len(evidence.differences(runs, contrast, "primary")) == 5, contrast
 
 
 def test_a_run_is_missing_until_it_has_a_row(tmp_path, monkeypatch):
