@@ -151,11 +151,9 @@ def tables(runs: pd.DataFrame) -> dict[str, pd.DataFrame]:
     found["arms"] = arms[COLUMNS].mean().map(cell).assign(seeds=arms.size())
     of_runs = runs[runs.study.isin(RUN_TABLE)].drop(columns=["command", "commit", "machine"])
     found["runs"] = of_runs.groupby(["study", "arm"]).agg(with_range).T
-    curves = pd.read_csv(CURVES).query("kind == 'all'")
-    found["steps"] = curves[curves.study.isin(RUN_TABLE)].pivot_table(
+    curves = pd.read_csv(CURVES).query("kind == 'all' and study in @RUN_TABLE")
+    found["steps"] = curves.pivot_table(
         "accuracy", "step", ["study", "arm"], aggfunc=with_range).fillna("")
-    both = curves.pivot_table("accuracy", ["study", "step"], "arm")
-    found["GSPO - GRPO by step"] = (both.gspo - both.grpo).unstack()[[25, 50, 75, 100]].map(cell)
     clipped = silenced(runs).pivot_table("share", ["study", "arm", "sign"], "length", sort=False)
     found["clipped by length"] = clipped.map(cell)
     for name, keys in {"scatter": ["regime"], "scatter-prefixes": ["regime", "tokens"]}.items():
