@@ -3,12 +3,11 @@
     python -m lab.study.evidence             print the numbers, table by table
     python -m lab.study.evidence --draw      draw the figures
 
-results/contrasts.csv says what is compared. The rule for verdicts: the primary outcome is the mean
-training reward over the run, where all arms of a study get the same uniform queries; elsewhere it
-is the mean of the held-out accuracies on the way. The held-out accuracy at the end comes second.
-Differences are paired by seed, an interval is Student's t at 95 %, and the p values of an outcome
-are corrected by Holm within a table. A claim that one difference is larger than another tests the
-difference of the two.
+results/contrasts.csv says what is compared. The primary outcome is the mean training reward over
+the run, where all arms of a study get the same uniform queries; elsewhere it is the mean of the
+held-out accuracies on the way. Held-out accuracy at the end comes second. Differences are paired by
+seed, intervals are Student's t at 95 %, p values of an outcome are corrected by Holm within a
+table. That one difference is larger than another is tested as the difference of the two.
 """
 import itertools
 import json
@@ -254,8 +253,7 @@ def draw_clip(runs: pd.DataFrame):
         table = silenced(runs[(runs.study == study) & runs.arm.isin(arms)])
         table["who"] = table.arm.str[:4] + ", " + table.sign + " response"
         seaborn.barplot(table, x="length", y="share", hue="who", errorbar=interval, ax=axis)
-        axis.set(title=title, xlabel="tokens in the response, at most",
-                 ylabel="share of its tokens that the clip silences")
+        axis.set(title=title, xlabel="tokens in the response, at most", ylabel="share silenced")
     save(figure, "clip")
 
 
