@@ -32,11 +32,11 @@ COLUMNS = ["reward", "primary", "accuracy_cold_start", "accuracy", "accuracy_gre
 RUN_TABLE = ["main job", "a minute", "long run", "queries", "Countdown", "precision"]
 COLOURS = {"gspo": "#1f5fa8", "grpo": "#d9822b", "arithmetic": "#7d4f9e", "Countdown": "#2a9d8f"}
 TITLES = {
-    "settings": "GSPO - GRPO: a little behind in arithmetic, ahead on Countdown with stale updates",
-    "rates": "rates",
+    "settings": "GSPO - GRPO: behind in arithmetic with 4 updates, ahead on Countdown with many",
+    "rates": "GSPO's best is higher, and GRPO falls off sooner as the rate grows",
     "experts": "GSPO is ahead with a dense model too, and replay adds nothing that shows",
     "noise": "GSPO bears noise of single tokens, unless the noise shifts log s",
-    "clip": "GSPO's clip silences short wrong responses",
+    "clip": "GSPO's clip silences bad responses, the shorter the more; GRPO's hardly any",
     "samplers": "GSPO with an old sampler: ahead on Countdown, not in arithmetic",
     "length": "Without 1/|y| both methods gain at the default rate, not at twice the rate",
 }
@@ -49,19 +49,19 @@ def load() -> pd.DataFrame:
     ended below its cold start, and the accuracies at the end by number of digits."""
     runs = pd.read_csv(RUNS)
     curves = pd.read_csv(CURVES)
-    on_the_way = curves[(curves.kind == "all") & (curves.step > 0)].groupby(KEYS).accuracy.mean()
+    on_the_way = curves.query("kind == 'all' and step > 0").groupby(KEYS).accuracy.mean()
     held_out = runs.merge(on_the_way.rename("held_out"), how="left", on=KEYS).held_out
     uniform = runs.command.str.contains("--queries uniform").groupby(runs.study).transform("all")
     at_end = curves[curves.step == curves.groupby(KEYS).step.transform("max")]
-    digits = at_end[at_end.kind.str[1:].str.isdigit()]
+    digits = at_end.query("kind.str[1:].str.isdigit()")
     by_digits = digits.groupby([*KEYS, "accuracy_" + digits.kind.str[1:]]).accuracy.mean().unstack()
     by_digits = runs[KEYS].merge(by_digits.reset_index(), how="left", on=KEYS).drop(columns=KEYS)
     runs = runs.assign(
         primary=runs.reward.where(uniform, held_out), clipped=runs.clip_low + runs.clip_high,
         collapsed=runs.accuracy < runs.accuracy_cold_start).combine_first(by_digits)
     scatter = pd.read_csv(RESULTS / "scatter.csv").drop(columns=["command", "commit", "machine"])
-    scatter = scatter.rename(columns={"regime": "study"}).melt(
-        ["study", "seed"], var_name="arm", value_name="primary")
+    scatter = scatter.melt(["regime", "seed"], None, "arm", "primary")
+    scatter = scatter.rename(columns={"regime": "study"})
     return pd.concat([runs, scatter, *(best_of(runs, name) for name in ("rates", "int4, ranges"))])
 
 
@@ -89,9 +89,7 @@ def tests(runs: pd.DataFrame, name: str, outcome: str) -> pd.DataFrame:
                      (found > 0).sum(), len(found)))
     table = pd.DataFrame(rows, columns=["difference", "contrast", "mean", "low", "high", "p",
                                         "ahead", "n"])
-    if len(table):
-        table["p"] = multipletests(table.p, method="holm")[1]
-    return table
+    return table.assign(p=multipletests(table.p, method="holm")[1]) if len(table) else table
 
 
 def best_of(runs: pd.DataFrame, study: str) -> pd.DataFrame:
@@ -220,7 +218,8 @@ def draw_rates(runs: pd.DataFrame):
     for axis, outcome in zip(axes, OUTCOMES):
         draw_lines(axis, table, "rate", outcome)
         axis.set(xscale="log", xlabel="learning rate", ylim=(0, None))
-        axis.set_xticks(table.rate.unique(), table.rate.unique(), minor=False)
+        axis.set_xticks(table.rate.unique(), table.arm.str[9:].unique())
+        axis.minorticks_off()
     save(figure, "rates")
 
 

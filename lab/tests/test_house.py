@@ -161,10 +161,11 @@ def test_the_ten_lines_of_the_readme_are_the_loss_that_trains():
     code, = re.findall(r"```py\n(def gspo_loss.*?)```", README, re.DOTALL)
     names = {"torch": torch}
     exec(code, names)
+    torch.manual_seed(0)
     logp_old = torch.randn(8, 5, dtype=torch.float64) - 3
     mask = torch.arange(5) < torch.tensor([5, 1, 3, 2, 4, 5, 2, 3])[:, None]
     rewards = torch.tensor([[1.0, 0, 0, 1], [1, 1, 1, 1]], dtype=torch.float64)
-    logp = (logp_old + 0.01 * torch.randn_like(logp_old)).requires_grad_()
+    logp = (logp_old + 0.02 * torch.randn_like(logp_old)).requires_grad_()
     loss = names["gspo_loss"](logp, logp_old, mask, rewards)
     advantages = gspo.group_advantages(rewards).flatten()
     expected, clipped = gspo.policy_loss("gspo", logp, logp_old, advantages, mask)
