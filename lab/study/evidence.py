@@ -33,9 +33,9 @@ RUN_TABLE = ["main job", "a minute", "long run", "queries", "Countdown", "precis
 COLOURS = {"gspo": "#1f5fa8", "grpo": "#d9822b", "arithmetic": "#7d4f9e", "Countdown": "#2a9d8f"}
 TITLES = {
     "settings": "GSPO - GRPO: behind in arithmetic with 4 updates, ahead on Countdown with many",
-    "rates": "GSPO's best is higher, and GRPO falls off sooner as the rate grows",
+    "rates": "With 32 updates GSPO's lead over GRPO grows with the learning rate",
     "experts": "GSPO is ahead with a dense model too, and replay adds nothing that shows",
-    "noise": "GSPO bears noise of single tokens, unless the noise shifts log s",
+    "noise": "GSPO bears noise of single tokens, unless it lowers log w on average",
     "clip": "GSPO's clip silences bad responses, the shorter the more; GRPO's hardly any",
     "samplers": "GSPO with an old sampler: ahead on Countdown, not in arithmetic",
     "length": "Without 1/|y| both methods gain at the default rate, not at twice the rate",
@@ -192,7 +192,7 @@ def draw_forest(runs: pd.DataFrame, name: str):
             axis.plot(seeds, [i] * len(seeds), "|", color=colour, alpha=0.6, markersize=9)
         axis.set_yticks(range(len(table)), table.difference)
         axis.axvline(0, color="black", linewidth=0.8)
-        axis.set_xlabel(f"difference in {meaning}")
+        axis.set_xlabel(f"{meaning}: difference, 95 %, seeds")
         axis.grid(axis="x", alpha=0.3)
     axes[0].invert_yaxis()
     save(figure, name)
@@ -237,10 +237,10 @@ def draw_noise(runs: pd.DataFrame):
     prefixes = prefixes.melt(["regime", "tokens"], ["as it is", "if independent"], "tokens scatter")
     seaborn.lineplot(prefixes, x="tokens", y="value", hue="regime", style="tokens scatter",
                      errorbar=None, ax=axes[2])
-    axes[2].set(yscale="log", title="without noise", xlabel="first tokens of the same responses",
-                ylabel="spread of log s")
+    axes[2].set(yscale="log", ylim=(1e-4, 3e-2), title="without noise", ylabel="spread of log s",
+                xlabel="first tokens of the same responses")
     axes[2].set_xscale("log", base=2)
-    axes[2].legend(loc="lower right", fontsize=8)
+    axes[2].legend(loc="lower left", fontsize=8)
     save(figure, "noise")
 
 
