@@ -57,13 +57,11 @@ def record(trainer: train.Trainer) -> dict:
     rewards = shown.rewards.view(-1, G).double()
     shown.A = gspo.group_advantages(rewards).flatten()
     shown.A_plain = (rewards - rewards.mean(dim=1, keepdim=True)).flatten() * (shown.A != 0)
-    free = []           # gspo.Scores before the first step and after each, as the router is then
-    replayed = []       # and with the experts that sampled
+    free, replayed = [], []     # scores before and after each step: as the router is, with replay
 
     def look():
         free.append(trainer.score(trainer.model, shown, False))
         replayed.append(trainer.score(trainer.model, shown, True))
-        print(f"{trainer.folder}: {len(free) - 1} of {EPOCHS * config.mini_batches} steps")
 
     def step_and_look(*arguments):
         grad_norm = trainer.optimizer_step(*arguments)
@@ -120,7 +118,4 @@ def main(folders: list[str]):
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1:
-        main(sys.argv[1:])
-    else:
-        print(__doc__)
+    main(sys.argv[1:]) if len(sys.argv) > 1 else print(__doc__)
