@@ -75,7 +75,7 @@ def record(trainer: train.Trainer) -> dict:
     groups = [{"mini_batch": mini_batch + 1, "responses": responses[i * G:(i + 1) * G]}
               for i, mini_batch in enumerate(chosen.values())]
     turns = [x.mini_batch % config.mini_batches + 1 for x in learned]
-    return trainer.options | {
+    return trainer.options | {"out": trainer.folder.name,
         "sampled": len(rollout.tokens), "shown": len(shown.tokens), "turns": turns,
         "ranges": inspection.clip_ranges(config), "groups": groups}
 
