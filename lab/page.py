@@ -57,9 +57,11 @@ def record(trainer: train.Trainer) -> dict:
     rewards = shown.rewards.view(-1, G).double()
     shown.A = gspo.group_advantages(rewards).flatten()
     shown.A_plain = (rewards - rewards.mean(dim=1, keepdim=True)).flatten() * (shown.A != 0)
-    free, replayed = [], []     # scores before and after each step: as the router is, with replay
+    free = []           # gspo.Scores before the first step and after each, as the router is then
+    replayed = []       # and with the experts that sampled
 
     def look():
+        print(f"{trainer.folder}: {len(free)} of {EPOCHS * config.mini_batches} steps")
         free.append(trainer.score(trainer.model, shown, False))
         replayed.append(trainer.score(trainer.model, shown, True))
 
@@ -75,9 +77,9 @@ def record(trainer: train.Trainer) -> dict:
     groups = [{"mini_batch": mini_batch + 1, "responses": responses[i * G:(i + 1) * G]}
               for i, mini_batch in enumerate(chosen.values())]
     turns = [x.mini_batch % config.mini_batches + 1 for x in learned]
-    return trainer.options | {"out": trainer.folder.name,
-        "sampled": len(rollout.tokens), "shown": len(shown.tokens), "turns": turns,
-        "ranges": inspection.clip_ranges(config), "groups": groups}
+    return trainer.options | {
+        "out": trainer.folder.name, "sampled": len(rollout.tokens), "shown": len(shown.tokens),
+        "turns": turns, "ranges": inspection.clip_ranges(config), "groups": groups}
 
 
 def response_as_json(tokenizer, shown: Rollout, row, free: list, replayed: list) -> dict:
