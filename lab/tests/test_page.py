@@ -148,3 +148,10 @@ def dom_of(address):
     run = subprocess.run([CHROMIUM, *options, address], capture_output=True, text=True, timeout=120)
     assert "CONSOLE" not in run.stderr          # no error
     return run.stdout
+
+
+def test_the_committed_page_is_made_of_the_template():
+    template = (HOUSE / "lab" / "page.html").read_text(encoding="utf-8")
+    before, after = template.split("RECORDINGS")
+    committed = (HOUSE / "results" / "update.html").read_text(encoding="utf-8")
+    assert committed.startswith(before) and committed.endswith(after)
