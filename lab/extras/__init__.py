@@ -49,6 +49,7 @@ from lab.options import check_options
 # stand before what it encloses, and what replaces a method must stand behind all that call it. What
 # only adds a term to the loss may stand anywhere.
 NAMES = [
+    "mistakes",             # around all that an RL step does
     "team",                 # averages the gradients before precision divides them by its scale
     "interrupts",
     "metrics",
