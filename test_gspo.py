@@ -237,6 +237,13 @@ def test_advantages_when_k_of_G_responses_succeed(G, k):
     exactly(gspo.group_advantages(3 * rewards + 7), expected)
 
 
+def test_the_advantages_of_a_group_come_from_its_own_rewards():
+    rewards = tensor([[1, 0, 0, 0], [9, 5, 5, 9], [2, 2, 2, 2], [0, 0, 0, 1]])
+    high = sqrt(3) / 2
+    exactly(gspo.group_advantages(rewards), tensor([
+        [1.5, -0.5, -0.5, -0.5], [high, -high, -high, high], [0] * 4, [-0.5, -0.5, -0.5, 1.5]]))
+
+
 @parametrize("dtype", [torch.long, torch.bool, torch.bfloat16], ids=str)
 def test_rewards_may_have_any_type(dtype):
     advantages = gspo.group_advantages(torch.tensor([[1, 0, 0, 1]], dtype=dtype))

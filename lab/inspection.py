@@ -2,7 +2,8 @@
 does to a response, token by token.
 
 GRPO has a ratio for every token, GSPO one for the whole response. Both stand beside the experts
-that predicted the token: when it was sampled and, where that is not the same, after the update."""
+that predicted the token: when it was sampled and, where that is not the same, after the update. The
+weight behind a ratio is what the token's log-prob counts in the gradient, times B (Eq. 10, 12)."""
 import itertools
 import random
 import sys
@@ -14,12 +15,12 @@ import torch
 import gspo
 import moe
 from lab import report, runs
-from lab.measures import expert_change, predicting
+from lab.measures import expert_change, gradient_weights, predicting
 from lab.report import paint
 
 WIDTH = 120         # columns of the terminal
 BAR = 21            # columns of the bar that draws log w
-REST = 82           # columns of a line without those of the layers
+REST = 88           # columns of a line without those of the layers
 
 
 def bar(value, largest):
@@ -54,6 +55,8 @@ class Change(NamedTuple):
     s: float                        # GSPO's ratio
     clipped_by_grpo: torch.Tensor   # (n,)
     clipped_by_gspo: bool
+    grpo_weights: torch.Tensor      # (n,) w A / |y|, 0 where clipped
+    gspo_weight: float              # s A / |y|, of each token
     old_routes: list                # per layer and token, the active experts
     new_routes: list
 
@@ -62,15 +65,21 @@ def measure(trainer, rollout, advantage, ranges):
     """Score a rollout of one row again -> its Change."""
     mask = rollout.response_mask
     scores = trainer.score(trainer.model, rollout, trainer.config.routing_replay != "none")
-    clipped = {}
-    for name, (low, high) in ranges.items():
-        clipped[name] = gspo.policy_loss(name, scores.logp, rollout.logp_old, advantage[None], mask,
-                                         low, high)[1][mask]
     logs = gspo.log_ratios(scores.logp, rollout.logp_old, mask)             # (1, T) each
+    ratios = {"grpo": gspo.to_ratio(logs.log_w), "gspo": gspo.to_ratio(logs.log_s)}
+    clipped = {}
+    weights = {}
+    for name, (low, high) in ranges.items():
+        _, silent = gspo.policy_loss(name, scores.logp, rollout.logp_old, advantage[None], mask,
+                                     low, high)
+        clipped[name] = silent[mask]
+        weights[name] = gradient_weights(ratios[name], advantage[None], silent,
+                                         1 / rollout.lengths)[mask]
     old_routes = predicting(rollout, rollout.routes)                        # (L, n, K)
     new_routes = predicting(rollout, scores.routes)
-    return Change(logs.log_w[mask], gspo.to_ratio(logs.log_s)[0, 0].item(), clipped["grpo"],
-                  clipped["gspo"].any().item(), old_routes.tolist(), new_routes.tolist())
+    return Change(logs.log_w[mask], ratios["gspo"][0, 0].item(), clipped["grpo"],
+                  clipped["gspo"].any().item(), weights["grpo"], weights["gspo"][0].item(),
+                  old_routes.tolist(), new_routes.tolist())
 
 
 def contrast(change):
@@ -87,9 +96,9 @@ def page(tokens, change, largest, ranges):
     layers = range(max(0, n_layer - (WIDTH - REST) // cell), n_layer)       # the deepest that fit
     header = "".join(f"layer {i}".ljust(cell) for i in layers)
     axis = f"{-largest:<+{BAR // 2}.2g}0{largest:>+{BAR // 2}.2g}"
-    ratios = "w, GRPO's ratio    s, GSPO's ratio"
+    ratios = "w and weight, GRPO   s and weight, GSPO"
     yield paint(f"  token     {header}   log w   {axis}   {ratios}", "dim")
-    verdict = "clipped" if change.clipped_by_gspo else "kept"
+    verdict = "clipped" if change.clipped_by_gspo else f"{change.gspo_weight:+.4f}"
     marks = bracket(len(tokens), f"{change.s:.4f} {verdict}")
     for t, token in enumerate(tokens):
         log_w = change.log_w[t].item()
@@ -102,9 +111,10 @@ def page(tokens, change, largest, ranges):
         style = ("red", "bold") if clipped else ()
         if not clipped and abs(log_w) <= largest / 100:     # dim what hardly moves
             style = ("dim",)
-        weight = f"{change.log_w[t].exp().item():7.4f} {'clipped' if clipped else '':<8}"
+        weight = "clipped" if clipped else f"{change.grpo_weights[t].item():+.4f}"
+        ratio = f"{change.log_w[t].exp().item():7.4f} {weight:<8}"
         yield (f"  {token:<10}{cells}{paint(f'{log_w:+8.4f}', *style)}   {bar(log_w, largest)}   "
-               f"{paint(weight, *style)}   "
+               f"{paint(ratio, *style)}     "
                + paint(marks[t], "red" if change.clipped_by_gspo else "green"))
     yield from summary(len(tokens), change, ranges)
 
@@ -178,6 +188,8 @@ def inspect_update(trainer):
     sampled them."""
     print("Look at the two ratios: GRPO's jumps from token to token, GSPO's is one for the whole "
           "response.")
+    print("The weight is what a token counts in the gradient, times B: w A / |y| in GRPO, "
+          "s A / |y| in GSPO, 0 if clipped.")
     config = trainer.config
     step = trainer.progress["step"]
     rollout, _ = trainer.collect(trainer.model, random.Random(f"{config.seed} rl {step + 1}"))
@@ -217,7 +229,7 @@ def show_update(title, trainer, rollout, rows):
         if advantages[row] == 0:
             continue
         change = measure(trainer, rollout.select(torch.tensor([row])), advantages[row], ranges)
-        kind = "right" if rollout.rewards[row] > 0 else "wrong"
+        kind = "right" if rollout.rewards[row] >= 1 else "wrong"
         if kind not in chosen or contrast(change) > contrast(chosen[kind][1]):
             chosen[kind] = (row, change)
     print(title)

@@ -37,6 +37,14 @@ def ratio_metrics(logp: Tensor, logp_old: Tensor, advantages: Tensor, clipped: T
     }
 
 
+def gradient_weights(ratio: Tensor, advantages: Tensor, clipped: Tensor,
+                     token_weights: Tensor) -> Tensor:
+    """What the log-prob of each token counts in the gradient of J, (B, T): ratio * A / (B |y|), and
+    0 where clipped. `ratio` (B, T) is s in GSPO (Eq. 10) and w in GRPO (Eq. 12), advantages (B,),
+    clipped (B, T) is that of policy_loss, token_weights (B,) are 1 / (B |y|)."""
+    return torch.where(clipped, 0, ratio * (advantages * token_weights)[:, None])
+
+
 def expert_change(old: Tensor, new: Tensor) -> Tensor:
     """Active experts (L, N, K), before and after, as sets -> the share that changed (L,)."""
     changed = (old[..., :, None] != new[..., None, :]).all(dim=-1)         # (L, N, K)

@@ -45,9 +45,8 @@ import torch
 import gspo
 from lab.options import check_options
 
-# The first one is outermost: it is called first, and calls the next by super(). What encloses must
-# stand before what it encloses, and what replaces a method must stand behind all that call it. What
-# only adds a term to the loss may stand anywhere.
+# The first one is outermost: it is called first, and calls the next by super(). What encloses
+# stands before what it encloses, what replaces a method behind all that call it.
 NAMES = [
     "mistakes",             # around all that an RL step does
     "team",                 # averages the gradients before precision divides them by its scale

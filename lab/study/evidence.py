@@ -38,6 +38,7 @@ TITLES = {
     "noise": "GSPO bears noise of single tokens, unless it lowers log w on average",
     "clip": "GSPO's clip silences bad responses, the shorter the more; GRPO's hardly any",
     "samplers": "GSPO with an old sampler: ahead on Countdown, not in arithmetic",
+    "mistakes": "What ten known mistakes cost in 100 steps of arithmetic",
     "length": "Without 1/|y| both methods gain at the default rate, not at twice the rate",
 }
 
@@ -165,6 +166,8 @@ def tables(runs: pd.DataFrame) -> dict[str, pd.DataFrame]:
         rows["rate"] = rows.rate.round().astype(int)
         rows["first_is_faster"] = rows.first_is_faster.map("{:.2f}".format)
         found[name] = rows[["what", "side", "rate", "unit", "first_is_faster"]].set_index("what")
+    signs = pd.read_csv(RESULTS / "signs.csv").groupby("mistake", sort=False).head(8)
+    found["signs"] = signs.set_index(["mistake", "column"]).map(cell).reset_index("column")
     found["processes"] = pd.read_csv(RESULTS / "processes.csv").set_index("processes")
     return found
 
@@ -184,6 +187,8 @@ def draw_forest(runs: pd.DataFrame, name: str):
     figure, axes = plt.subplots(1, 2, figsize=(11, 5), sharey=True, layout="constrained")
     for axis, (outcome, meaning) in zip(axes, OUTCOMES.items()):
         table = tests(runs, name, outcome)
+        if outcome == "primary" and name == "mistakes":
+            meaning = "held-out accuracy over the run"
         for i, row in table.iterrows():
             colour = COLOURS[task_of[row.contrast.partition("/")[0]]]
             axis.plot([row.low, row.high], [i, i], color=colour, linewidth=2)
@@ -259,7 +264,7 @@ def draw_clip(runs: pd.DataFrame):
 def main():
     runs = load()
     if "--draw" in sys.argv:
-        for name in ("settings", "experts", "samplers", "length"):
+        for name in ("settings", "experts", "samplers", "length", "mistakes"):
             draw_forest(runs, name)
         for draw in (draw_rates, draw_noise, draw_clip):
             draw(runs)

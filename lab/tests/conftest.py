@@ -6,7 +6,12 @@ import pytest
 import train as train_py
 from data import arithmetic
 from lab import preflight, report
-from lab.tests.tools import SHORT, do_nothing, few_held_out, no_curves
+from lab.tests.tools import LAST_WORDS, SHORT, do_nothing, few_held_out, no_curves
+
+
+def pytest_terminal_summary(terminalreporter):
+    for line in LAST_WORDS:
+        terminalreporter.write_line(line)
 
 
 @pytest.fixture(scope="session")

@@ -126,3 +126,59 @@ def test_a_trainer_that_is_the_sampler_has_no_mismatch():
     metrics = measures.mismatch_metrics(rollout, gspo.score(model, rollout))
     assert metrics["mismatch_max"] < 1e-5
     assert metrics["mismatch_experts"] == 0
+
+
+# ------------------------------------------------------------------------------------ gradient
+
+LOW = 0.03
+HIGH = 0.04
+
+
+def clipped_mean(logs, A):
+    """GMPO's log-ratio: the mean over a response of log w, clipped on the side that A asks for."""
+    kept = torch.where(A > 0, logs.log_w.clamp(max=HIGH), logs.log_w.clamp(min=-LOW))
+    return (kept * logs.mask).sum(dim=1, keepdim=True) / logs.mask.sum(dim=1, keepdim=True)
+
+
+def slope_of_gate(logs, A):
+    """SAPO's w times the slope of its gate, sech^2(tau/2 (w - 1))."""
+    w = logs.log_w.exp()
+    tau = torch.where(A > 0, tensor(1.0), tensor(1.05))
+    return w / torch.cosh(tau / 2 * (w - 1)) ** 2
+
+
+# What stands for the ratio in the gradient of each objective, and whether its clip silences.
+RATIOS = {
+    "gspo": (lambda logs, A: logs.log_s.exp(), True),                   # Eq. 10
+    "gspo_token": (lambda logs, A: logs.log_s.exp(), True),             # Eq. 17
+    "luspo": (lambda logs, A: logs.log_s.exp(), True),
+    "grpo": (lambda logs, A: logs.log_w.exp(), True),                   # Eq. 12
+    "dapo": (lambda logs, A: logs.log_w.exp(), True),
+    "dr_grpo": (lambda logs, A: logs.log_w.exp(), True),
+    "ppo": (lambda logs, A: logs.log_w.exp(), True),
+    "gmpo": (lambda logs, A: clipped_mean(logs, A).exp(), True),
+    "cispo": (lambda logs, A: logs.log_w.exp().clamp(1 - LOW, 1 + HIGH), False),
+    "sapo": (slope_of_gate, False),
+    "reinforce": (lambda logs, A: torch.ones_like(logs.log_w), False),
+}
+
+
+@parametrize("seed", range(3))
+@parametrize("algorithm", RATIOS)
+def test_the_weights_in_closed_form_are_those_of_autograd(algorithm, seed):
+    d, A = random_batch(seed)
+    mask = mask_of(d, 7)
+    A = tensor(A)
+    logp_old = torch.full(mask.shape, OLD_LOGP).double()
+    logp = (logp_old + filled(d, 7)).requires_grad_()
+    loss, clipped = gspo.policy_loss(algorithm, logp, logp_old, A, mask, LOW, HIGH)
+    gradient, = torch.autograd.grad(-loss, logp)
+    ratio, silences = RATIOS[algorithm]
+    logs = gspo.log_ratios(logp.detach(), logp_old, mask)
+    weights = gspo.ALGORITHMS[algorithm].token_weights(mask.sum(dim=1).double())
+    expected = measures.gradient_weights(ratio(logs, A[:, None]), A, clipped & silences, weights)
+    torch.testing.assert_close(gradient, expected * mask, atol=1e-12, rtol=0)
+
+
+def test_every_objective_has_its_weights_in_closed_form():
+    assert set(RATIOS) == set(gspo.ALGORITHMS)

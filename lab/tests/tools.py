@@ -15,6 +15,7 @@ from data import arithmetic, demonstrations
 from lab import extras
 
 HOUSE = Path(__file__).parent.parent.parent
+LAST_WORDS = []         # lines that pytest prints at the end (conftest.py)
 # The options of a run of seconds, up to the number of RL steps.
 SHORT = ("--cold_steps", "30", "--cold_tokens", "400", "--prompts", "4", "--group_size", "4",
          "--max_digits", "1", "--max_new_tokens", "20", "--n_layer", "2", "--threads", "1",
