@@ -134,7 +134,7 @@ class Trainer:
         self.task = task
         self.options = vars(config) | command_line.task_options(task)
         self.folder = Path(config.out)
-        self.tokenizer = Tokenizer(tasks.vocabulary(config.task))
+        self.tokenizer = Tokenizer(tasks.vocabulary(config.task, task))
         self.demonstrations = demonstrations.batches(task, self.tokenizer, config.seed,
                                                      config.cold_tokens)
         sizes = {field.name: getattr(config, field.name) for field in fields(ModelOptions)}

@@ -1,9 +1,10 @@
-"""Text <-> token ids: a `tiktoken.Encoding` built from a vocabulary file, without the network.
+"""Text <-> token ids: a `tiktoken.Encoding` built from a vocabulary, without the network.
 
-The file has one token a line, its id being the line's number from 0. A line in angle brackets, such
-as `<think>`, is a special token and any other is a single character, so every digit is a token of
-its own, as in Qwen. `<end>` closes a response; `<pad>` only fills rows, so that the end of a
-response is never mistaken for padding and is learned like any other token.
+A vocabulary is a list of tokens, or a file with a token a line, its id being the line's number from
+0. A name in angle brackets, such as `<think>`, is a special token and any other is a single
+character, so every digit is a token of its own, as in Qwen. `<end>` closes a response; `<pad>` only
+fills rows, so that the end of a response is never mistaken for padding and is learned like any
+other token.
 """
 import re
 from pathlib import Path
@@ -11,13 +12,19 @@ from pathlib import Path
 import tiktoken
 
 
+def read(path: Path) -> list[str]:
+    try:
+        return Path(path).read_text(encoding="utf-8-sig").split()           # without a BOM
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 ({error}); save it as that") from None
+
+
 class Tokenizer:
     """ValueError for a vocabulary that has no <end> or no <pad>, or a token twice."""
-    def __init__(self, path: Path = Path(__file__).parent / "vocabulary.txt"):
-        try:
-            self.tokens = Path(path).read_text(encoding="utf-8-sig").split()    # without a BOM
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path} is not UTF-8 ({error}); save it as that") from None
+    def __init__(self, vocabulary: Path | list[str] = Path(__file__).parent / "vocabulary.txt"):
+        given = isinstance(vocabulary, list)
+        self.tokens = vocabulary if given else read(vocabulary)
+        path = "the task's vocabulary" if given else vocabulary
         for token in self.tokens:
             if self.tokens.count(token) > 1:
                 raise ValueError(f"{path} has the token {token} more than once; leave one")

@@ -168,7 +168,7 @@ def tokenizer_for(tokens: list[str]):
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
     tokenizer = Tokenizer(models.WordLevel({token: i for i, token in enumerate(tokens)}))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")      # into characters
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")  # characters
     tokenizer.decoder = decoders.Fuse()                                         # without spaces
     for token in tokens:
         if token in ("<pad>", "<end>"):
@@ -183,9 +183,7 @@ def last_checkpoint(run_folder: Path) -> tuple[MoETransformer, Tokenizer, int]:
     """The model of a run's last checkpoint, its tokenizer, and its --max_new_tokens."""
     state = runs.load(run_folder / "checkpoint.pt", "name a folder that has a run")
     options = state["options"]
-    tokenizer = Tokenizer(tasks.vocabulary(options["task"]))
-    if tokenizer.tokens != state["vocabulary"]:
-        raise ValueError(f"the vocabulary of task {options['task']!r} is no longer that of the run")
+    tokenizer = Tokenizer(state["vocabulary"])
     sizes = {name: options[name] for name in SIZES if name in options}
     model = MoETransformer(MoEConfig(
         len(tokenizer.tokens), max_length=MAX_PROMPT + options["max_new_tokens"], **sizes))

@@ -63,6 +63,11 @@ def means(updates):
     return {name: mean(x) if isinstance(x, list) else x for name, x in mean_row(updates).items()}
 
 
+def is_right(response):
+    """Wholly right: a task may reward a part with less than 1."""
+    return response.reward >= 1
+
+
 def response_metrics(responses):
     """Reward and length of all responses, of those that think and that answer at once, of right and
     wrong ones; and what the task measures. A response that was truncated neither thinks nor answers
@@ -72,8 +77,8 @@ def response_metrics(responses):
         "": responses,
         "_thinking": thinking,
         "_direct": [r for r in responses if not r.truncated and not r.thinks],
-        "_right": [r for r in responses if r.reward > 0],
-        "_wrong": [r for r in responses if r.reward <= 0],
+        "_right": [r for r in responses if is_right(r)],
+        "_wrong": [r for r in responses if not is_right(r)],
     }
     metrics = {
         "responses": len(responses),
@@ -115,21 +120,25 @@ def update_metrics(learned):
     return rows
 
 
+def accuracy(responses):
+    return mean(is_right(response) for response in responses)
+
+
 def evaluation(sampled, greedy):
     """Responses to held-out problems -> numbers."""
     metrics = response_metrics(sampled)
-    rewards_of_kind = {}
+    of_kind = {}
     for response in sampled:
         kind = getattr(response.problem, "kind", "all")
-        rewards_of_kind.setdefault(kind, []).append(response.reward)
+        of_kind.setdefault(kind, []).append(response)
     return {
-        "accuracy": metrics["reward"],
-        "accuracy_greedy": mean(r.reward for r in greedy),
+        "accuracy": accuracy(sampled),
+        "accuracy_greedy": accuracy(greedy),
         "think_share": metrics["think"],
-        "accuracy_thinking": metrics.get("reward_thinking", 0.0),
+        "accuracy_thinking": accuracy(r for r in sampled if r.thinks),
         "length": metrics["length"],
         "measures": mean_measures(sampled),
-        "kinds": {kind: mean(rewards) for kind, rewards in rewards_of_kind.items()},
+        "kinds": {kind: accuracy(of_kind[kind]) for kind in of_kind},
     }
 
 
@@ -277,9 +286,8 @@ def evaluation_lines(result):
     yield (f"held-out accuracy {result['accuracy']:.3f} sampled, {result['accuracy_greedy']:.3f} "
            f"greedy; {result['length']:.1f} tokens a response")
     if result["think_share"]:
-        right = result["accuracy_thinking"]
-        words = f"{right:.0%} are right" if 0 <= right <= 1 else f"the mean reward is {right:.3f}"
-        yield f"{result['think_share']:.0%} of the responses think, and of these {words}"
+        yield (f"{result['think_share']:.0%} of the responses think, and of these "
+               f"{result['accuracy_thinking']:.0%} are right")
     if result["measures"]:
         yield "   ".join(f"{name} {value:.3f}" for name, value in result["measures"].items())
     if len(result["kinds"]) < 2:
@@ -293,7 +301,7 @@ def evaluation_lines(result):
 def sample_lines(responses, n=5):
     """A few right and a few wrong responses, at most one to a problem."""
     for name, wanted in (("right", True), ("wrong", False)):
-        of_prompt = {r.problem.prompt: r for r in responses if (r.reward > 0) == wanted}
+        of_prompt = {r.problem.prompt: r for r in responses if is_right(r) == wanted}
         for prompt in list(of_prompt)[::len(of_prompt) // n + 1]:
             response = of_prompt[prompt]
             yield f"{name}   {prompt}{response.text}{' (truncated)' if response.truncated else ''}"
@@ -331,24 +339,13 @@ def finish(folder, config, task, progress):
         print("  No curves.png: matplotlib is not installed.")
 
 
-def accuracy_lines(s, algorithm):
-    """The accuracies in words. Rewards that are not from 0 to 1 are no shares that are right."""
-    names = ("accuracy_teacher", "accuracy_cold_start", "accuracy", "accuracy_greedy")
-    rewards = [s[name] for name in names]
-    if min(rewards) < 0 or max(rewards) > 1:
-        yield ("Mean rewards: teacher {:.3f}, after imitation {:.3f}, after RL {:.3f}, greedy "
-               "{:.3f}.".format(*rewards))
-        return
+def summary_lines(s, algorithm):
+    """summary.json in words."""
     yield f"The teacher is right {s['accuracy_teacher']:.1%} of the time."
     yield (f"Imitating it, the model was right {s['accuracy_cold_start']:.1%} of the time on test "
            f"problems; it thought in {s['think_share_cold_start']:.0%} of its responses.")
     yield (f"{s['steps']} steps of RL with {algorithm} took it to {s['accuracy']:.1%} "
            f"({s['accuracy_greedy']:.1%} greedy), thinking in {s['think_share']:.0%}.")
-
-
-def summary_lines(s, algorithm):
-    """summary.json in words."""
-    yield from accuracy_lines(s, algorithm)
     yield f"A response has {s['length']:.1f} tokens; before RL it had {s['length_cold_start']:.1f}."
     if s["measures"]:
         changes = [f"{name} {before:.3f} → {s['measures'][name]:.3f}"

@@ -167,12 +167,8 @@ def test_a_measure_with_an_umlaut_is_resumed_where_files_are_ascii_by_default(
         assert result.returncode == 0, result.stderr
 
 
-def test_rewards_below_0_have_words_and_curves(tmp_path):
-    summary = {"accuracy_teacher": -1.5, "accuracy_cold_start": -2.0, "accuracy": -1.0,
-               "accuracy_greedy": -1.0}
-    line, = report.accuracy_lines(summary, "gspo")
-    assert "%" not in line
-    assert "-1.500" in line
+def test_rewards_below_0_have_curves():
+    summary = {"accuracy_teacher": 0.0, "accuracy_cold_start": 0.0}
     from matplotlib import pyplot as plt
     _, axis = plt.subplots()
     report.draw_panel(axis, "reward", {"reward": [(1, -9.0), (2, -1.0)]}, summary)
