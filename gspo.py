@@ -48,11 +48,11 @@ def group_advantages(rewards: Tensor) -> Tensor:
     if not rewards.is_floating_point():
         rewards = rewards.long() - rewards[:, :1].long()
     rewards = at_least_fp32(rewards) - at_least_fp32(rewards[:, :1])
+    largest = rewards.abs().amax(dim=1, keepdim=True)                      # (P, 1)
+    rewards = rewards / largest         # the squares of tiny differences would be 0
     advantages = rewards - rewards.mean(dim=1, keepdim=True)               # (P, G)
     advantages = advantages / rewards.std(dim=1, keepdim=True)
-    # Where all are equal that was 0/0.
-    equal = (rewards == 0).all(dim=1, keepdim=True)                        # (P, 1)
-    return torch.where(equal, 0.0, advantages)
+    return torch.where(largest == 0, 0.0, advantages)      # where all are equal that was 0/0
 
 
 # ---------------------------------------------------------------------------- 2 scores

@@ -237,6 +237,11 @@ def test_advantages_when_k_of_G_responses_succeed(G, k):
     exactly(gspo.group_advantages(3 * rewards + 7), expected)
 
 
+def test_the_smallest_difference_of_rewards_is_one():
+    advantages = gspo.group_advantages(torch.tensor([[0, 1e-45, 0, 0]]))
+    closely(advantages, torch.tensor([[-0.5, 1.5, -0.5, -0.5]]))
+
+
 def test_the_advantages_of_a_group_come_from_its_own_rewards():
     rewards = tensor([[1, 0, 0, 0], [9, 5, 5, 9], [2, 2, 2, 2], [0, 0, 0, 1]])
     high = sqrt(3) / 2

@@ -29,6 +29,8 @@ TERM = re.compile(r"(?:^|([+-]) )(.+?)(?= [+-] |$)")        # of "study/arm - st
 COLUMNS = ["reward", "primary", "accuracy_cold_start", "accuracy", "accuracy_greedy", "log_w_std",
            "log_s_std", "clipped", "kl", "expert_change", "length_right", "length_wrong",
            "collapsed", *(f"accuracy_{digits}" for digits in range(1, 6))]
+GYM = ["accuracy_teacher", "accuracy_cold_start", "accuracy", "accuracy_greedy", "rise", "reward",
+       "length", "minutes"]
 RUN_TABLE = ["main job", "a minute", "long run", "queries", "Countdown", "precision"]
 COLOURS = {"gspo": "#1f5fa8", "grpo": "#d9822b", "arithmetic": "#7d4f9e", "Countdown": "#2a9d8f"}
 TITLES = {
@@ -161,6 +163,9 @@ def tables(runs: pd.DataFrame) -> dict[str, pd.DataFrame]:
     for name, keys in {"scatter": ["regime"], "scatter-prefixes": ["regime", "tokens"]}.items():
         of_regime = pd.read_csv(RESULTS / f"{name}.csv").drop(columns="seed").groupby(keys)
         found[name] = of_regime.mean(numeric_only=True).map(cell)
+    gym = runs[runs.study == "gym"]
+    gym = gym.assign(rise=gym.accuracy - gym.accuracy_cold_start, minutes=gym.seconds / 60)
+    found["gym"] = gym.groupby("arm", sort=False)[GYM].agg(with_range)
     for name in ("bench", "bench-gpu"):
         rows = pd.DataFrame(json.loads((RESULTS / f"{name}.json").read_text())["rows"])
         rows["rate"] = rows.rate.round().astype(int)
