@@ -22,9 +22,11 @@ def read(path: Path) -> list[str]:
 class Tokenizer:
     """ValueError for a vocabulary that has no <end> or no <pad>, or a token twice."""
     def __init__(self, vocabulary: Path | list[str] = Path(__file__).parent / "vocabulary.txt"):
-        given = isinstance(vocabulary, list)
-        self.tokens = vocabulary if given else read(vocabulary)
-        path = "the task's vocabulary" if given else vocabulary
+        in_file = isinstance(vocabulary, Path)
+        self.tokens = read(vocabulary) if in_file else list(vocabulary)
+        path = vocabulary if in_file else "the task's vocabulary"
+        if not all(isinstance(token, str) and token for token in self.tokens):
+            raise ValueError(f"{path} has a token that is no text, or empty: {self.tokens}")
         for token in self.tokens:
             if self.tokens.count(token) > 1:
                 raise ValueError(f"{path} has the token {token} more than once; leave one")
@@ -33,7 +35,7 @@ class Tokenizer:
                                  "in angle brackets")
         for token in ("<end>", "<pad>"):
             if token not in self.tokens:
-                raise ValueError(f"{path} has no token {token}; add it in a line of its own")
+                raise ValueError(f"{path} has no token {token}; add it")
         if max(map(len, self.tokens)) == min(map(len, self.tokens)):
             raise ValueError(f"{path} has no token of a single character; add some")
         special = {token: i for i, token in enumerate(self.tokens) if len(token) > 1}

@@ -2,8 +2,8 @@
 does to a response, token by token.
 
 GRPO has a ratio for every token, GSPO one for the whole response. Both stand beside the experts
-that predicted the token: when it was sampled and, where that is not the same, after the update. The
-weight behind a ratio is what the token's log-prob counts in the gradient, times B (Eq. 10, 12)."""
+that predicted the token: when it was sampled and, where that is not the same, after the update.
+After a ratio comes the weight of the token in the gradient of J, times B (Eq. 10, 12)."""
 import itertools
 import random
 import sys
@@ -70,10 +70,10 @@ def measure(trainer, rollout, advantage, ranges):
     clipped = {}
     weights = {}
     for name, (low, high) in ranges.items():
-        _, silent = gspo.policy_loss(name, scores.logp, rollout.logp_old, advantage[None], mask,
-                                     low, high)
-        clipped[name] = silent[mask]
-        weights[name] = gradient_weights(ratios[name], advantage[None], silent,
+        _, is_clipped = gspo.policy_loss(name, scores.logp, rollout.logp_old, advantage[None],
+                                         mask, low, high)
+        clipped[name] = is_clipped[mask]
+        weights[name] = gradient_weights(ratios[name], advantage[None], is_clipped,
                                          1 / rollout.lengths)[mask]
     old_routes = predicting(rollout, rollout.routes)                        # (L, n, K)
     new_routes = predicting(rollout, scores.routes)

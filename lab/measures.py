@@ -41,7 +41,8 @@ def gradient_weights(ratio: Tensor, advantages: Tensor, clipped: Tensor,
                      token_weights: Tensor) -> Tensor:
     """What the log-prob of each token counts in the gradient of J, (B, T): ratio * A / (B |y|), and
     0 where clipped. `ratio` (B, T) is s in GSPO (Eq. 10) and w in GRPO (Eq. 12), advantages (B,),
-    clipped (B, T) is that of policy_loss, token_weights (B,) are 1 / (B |y|)."""
+    clipped (B, T) is that of policy_loss, token_weights (B,) are 1 / (B |y|). For ratios within
+    MAX_LOG_RATIO; beyond it there is no gradient."""
     return torch.where(clipped, 0, ratio * (advantages * token_weights)[:, None])
 
 

@@ -98,8 +98,8 @@ def mean_measures(responses):
 
 
 def share_without_signal(responses, group_size):
-    """The share of the groups, which stand one behind the other, that are all right or all wrong
-    and teach nothing; of all that were sampled, those that dynamic sampling dropped included."""
+    """The share of the groups, which stand one behind the other, that have equal rewards and teach
+    nothing; of all that were sampled, those that dynamic sampling dropped included."""
     rewards = [response.reward for response in responses]
     groups = [rewards[i:i + group_size] for i in range(0, len(rewards), group_size)]
     return mean(min(group) == max(group) for group in groups)
@@ -120,7 +120,7 @@ def update_metrics(learned):
     return rows
 
 
-def accuracy(responses):
+def share_right(responses):
     return mean(is_right(response) for response in responses)
 
 
@@ -132,13 +132,13 @@ def evaluation(sampled, greedy):
         kind = getattr(response.problem, "kind", "all")
         of_kind.setdefault(kind, []).append(response)
     return {
-        "accuracy": accuracy(sampled),
-        "accuracy_greedy": accuracy(greedy),
+        "accuracy": share_right(sampled),
+        "accuracy_greedy": share_right(greedy),
         "think_share": metrics["think"],
-        "accuracy_thinking": accuracy(r for r in sampled if r.thinks),
+        "accuracy_thinking": share_right(r for r in sampled if r.thinks),
         "length": metrics["length"],
         "measures": mean_measures(sampled),
-        "kinds": {kind: accuracy(of_kind[kind]) for kind in of_kind},
+        "kinds": {kind: share_right(of_kind[kind]) for kind in of_kind},
     }
 
 

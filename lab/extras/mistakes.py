@@ -3,8 +3,8 @@
     python train.py --mistake "?"               one of them at random, not named: find it,
     python -m lab.extras.mistakes out/run-1     then ask which it was, and what shows it
 
-A wrong function takes the place of a right one, but only in RL steps: the cold start and the
-evaluations stay right. Each docstring says what is wrong, and in which code we have seen it."""
+A wrong function takes the place of a right one, but only in RL steps: the cold start, evaluations
+and --inspect stay right. Each docstring says what is wrong, and how it comes about."""
 import dataclasses
 import random
 import sys
@@ -27,7 +27,7 @@ experts_forward = moe.Experts.forward
 
 
 def mask_shifted(algorithm, logp, logp_old, A, mask, *rest):
-    """The first token is not learned, padding is: labels were shifted, but not their mask."""
+    """Padding stands in place of the first token: labels were shifted, but not their mask."""
     return policy_loss(algorithm, logp, logp_old, A, F.pad(mask, (1, -1)), *rest)
 
 
@@ -103,14 +103,14 @@ class Options:
 
 def wanted(config) -> bool:
     if config.mistake != "none" and config.algorithm != "gspo":
-        raise ValueError(f"mistake is one in gspo, not in {config.algorithm}; leave out either")
+        raise ValueError(f"mistake is one in gspo; leave it out, or algorithm {config.algorithm}")
     return config.mistake != "none"
 
 
 class Extra:
     def __init__(self, config, task):
         if config.mistake == "?":
-            config.mistake = random.choice(list(MISTAKES))
+            config.mistake = random.Random(str(config)).choice(list(MISTAKES))
         super().__init__(config, task)
 
     def rl_step(self, step):
@@ -126,6 +126,7 @@ class Extra:
 warnings.filterwarnings("ignore", "'lab.extras.mistakes' found", RuntimeWarning)
 if __name__ == "__main__":
     run = runs.load(Path(*sys.argv[1:2]) / "checkpoint.pt", "name the folder of a run")
-    for row in Path("results/claims/mistakes.md").read_text(encoding="utf-8").splitlines():
-        if f"`{run['options']['mistake']}`" in row:
-            print(row)
+    name = run["options"].get("mistake", "none")
+    page = Path(__file__).parents[2] / "results/claims/mistakes.md"
+    rows = [row for row in page.read_text(encoding="utf-8").splitlines() if f"| `{name}` |" in row]
+    print(*rows or ["no mistake was planted"])

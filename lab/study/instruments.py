@@ -19,7 +19,7 @@ from torch import Tensor
 import gspo
 from data import tasks
 from gspo import Algorithm, LogRatios, response_mean, to_ratio
-from lab import extras
+from lab import extras, report
 from lab.extras import relatives, rescoring
 from lab.options import option
 
@@ -92,12 +92,12 @@ class Extra:
         super().rl()
         problems = tasks.held_out_problems(self.task)
         generator = torch.Generator().manual_seed(self.config.seed)
-        rewards = []
+        responses = []
         for _ in range(self.config.final_samples // 4):
             rollout = self.sample(self.model, problems, 4, self.config.temperature, generator)
-            rewards += [response.reward for response in self.judge(problems, rollout)]
-        if rewards:
-            self.progress["evaluation"]["accuracy"] = sum(rewards) / len(rewards)
+            responses += self.judge(problems, rollout)
+        if responses:
+            self.progress["evaluation"]["accuracy"] = report.share_right(responses)
 
 
 def grpo_dual_clip(logs: LogRatios, A: Tensor, low: float, high: float):

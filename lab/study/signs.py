@@ -2,8 +2,8 @@
 
     python -m lab.study.signs       after the study `mistakes`: from out/study to results/signs.csv
 
-A column of metrics.csv shows a mistake from the first step on at which, for ten steps in a row, it
-lies in all wrong runs on the same side of its range in the right runs."""
+A column of metrics.csv shows a mistake if, for ten steps in a row, all wrong runs lie on the same
+side of all right ones. The first of these steps counts."""
 from pathlib import Path
 
 import pandas as pd

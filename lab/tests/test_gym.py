@@ -63,7 +63,7 @@ def test_the_teacher_is_right_as_often_as_asked(stand_in, wrong):
     task = gym.Task("sums", right=0.7, wrong=wrong)
     rng = random.Random(0)
     problems = [task.sample(rng) for _ in range(4000)]
-    right = [task.demonstrate(p, rng) == p.entry["answer"] for p in problems]
+    right = [task.demonstrate(p, rng) == p.answer for p in problems]
     by_chance = 0.3 * (0.067 if wrong == "other" else 0.1)      # two sums of 0 to 9 are the same
     assert sum(right) / 4000 == pytest.approx(0.7 + by_chance, abs=0.03)
 
@@ -73,12 +73,12 @@ def test_the_teacher_is_right_as_often_as_asked(stand_in, wrong):
 def test_the_reward_is_the_score_of_any_text(stand_in, response, reward):
     task = gym.Task("sums")
     entry = {"question": "What is 4 plus 5, please?", "answer": "9"}
-    assert task.reward(gym.Problem("4 plus 5=", entry, "all"), response) == reward
+    assert task.reward(gym.Problem("4 plus 5=", "9", "all", entry), response) == reward
 
 
 def test_parameters_are_parsed_and_not_run(stand_in):
-    task = gym.Task("sums", gym="low=9")
-    assert {entry["question"] for entry in task.data} == {"What is 9 plus 9, please?"}
+    task = gym.Task("sums", gym="low=5")
+    assert {entry["answer"] for entry in task.data} == {str(n) for n in range(10, 19)}
 
 
 @pytest.mark.parametrize("options, named", [
@@ -86,6 +86,7 @@ def test_parameters_are_parsed_and_not_run(stand_in):
     (("--dataset", "sums", "--gym", "high=3"), "high"),
     (("--dataset", "sums", "--gym", "low=__import__('os')"), "--gym"),
     (("--dataset", "sums", "--gym", "low"), "--gym"),
+    (("--dataset", "sums", "--gym", "low=9"), "different questions"),
     (("--dataset", "sums", "--wrong", "never"), "never"),
 ])
 def test_what_cannot_be_is_told_in_one_line(stand_in, train, capsys, options, named):
@@ -165,6 +166,13 @@ def test_a_dataset_fits_and_its_own_answers_have_the_full_score(dataset):
         assert task.reward(problem, answer) == 1.0, problem
         assert len(tokenizer.encode(problem.prompt)) <= 64
         assert len(tokenizer.encode(answer)) < 64
+
+
+@pytest.mark.parametrize("response", ["1e9999999999", "0.e6109619141", "-1e+99999", "9e", "-" * 99])
+def test_a_number_without_end_is_no_answer(response):
+    pytest.importorskip("reasoning_gym")
+    task = gym.Task("coin_flip", n_problems=200, wrong="typo")
+    assert task.reward(task.held_out()[0], response) < 1
 
 
 @pytest.mark.parametrize("dataset, said", [("graph_color", "without an answer"),

