@@ -50,7 +50,7 @@ def kind_of(metadata: dict) -> str:
 @dataclass
 class Task:
     """The fields become options of the command line."""
-    defaults: ClassVar[dict] = {"cold_steps": 500, "steps": 80, "eval_every": 40}
+    defaults: ClassVar[dict] = {"cold_steps": 500, "steps": 200}
     dataset: str = field(default="spell_backward", metadata={"help": "a name in reasoning-gym"})
     gym: str = field(default="", metadata={
         "help": "parameters of the dataset, such as min_word_len=3,max_word_len=6"})
