@@ -151,11 +151,12 @@ def test_links_lead_somewhere(path):
 
 def test_the_pages_are_short():
     most = {"README.md": 10, "results/README.md": 6, "results/runs.md": 5, "results/speed.md": 3,
-            "results/doubts.md": 4, "results/claims/mistakes.md": 5, "lab/README.md": 12}
+            "results/doubts.md": 4, "results/gym.md": 4.5, "results/claims/mistakes.md": 5,
+            "lab/README.md": 12}
     sizes = {page.relative_to(HOUSE).as_posix(): page.stat().st_size / 1024 for page in PAGES}
     for name, size in sizes.items():
         assert size <= most.get(name, 3), f"{name} has {size:.2f} KiB"
-    assert sum(sizes.values()) - sizes["README.md"] <= 53
+    assert sum(sizes.values()) - sizes["README.md"] <= 54
 
 
 def test_the_ten_lines_of_the_readme_are_the_loss_that_trains():
