@@ -25,7 +25,8 @@ def check(task, tokenizer, max_prompt: int, max_response: int):
             raise ValueError("the task gave an empty prompt; it needs at least one character")
         if len(prompt) > max_prompt:
             raise ValueError(f"a prompt of {len(prompt)} tokens is too long, {max_prompt} are the "
-                             f"limit: {tokenizer.decode(prompt)}")
+                             "limit; ask for shorter ones, by an option of the task: "
+                             f"{tokenizer.decode(prompt)}")
         if len(response) > max_response:
             raise ValueError(f"--max_new_tokens {max_response} is too low for the teacher's "
                              f"{len(response)} at {tokenizer.decode(prompt)!r}; raise it")

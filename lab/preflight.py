@@ -70,8 +70,8 @@ def check_prompt(trainer, problem, max_prompt):
     if not ids:
         fail(trainer.task, "sample", "or held_out gives an empty prompt; it needs a character")
     if len(ids) > max_prompt:
-        raise ValueError(f"a prompt of {len(ids)} tokens is too long, {max_prompt} are the limit: "
-                         f"{prompt}")
+        raise ValueError(f"a prompt of {len(ids)} tokens is too long, {max_prompt} are the limit; "
+                         f"ask for shorter ones, by an option of the task: {prompt}")
 
 
 def check_answers(trainer, problems, names):
