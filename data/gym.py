@@ -117,9 +117,9 @@ class Task:
         return answer[:i] + rng.choice(self.letters) + answer[i + 1:]
 
     def reward(self, problem: Problem, response: str) -> float:
-        """0 for a character that no right answer has, and for a number that is too large: some
-        verifiers calculate what a response says, or run it, and with these nothing can be called.
-        """
+        """The score; 0 for a response with a character that no right answer has, or with a number
+        that is too large. Some verifiers run a response as Python: so none can name a function, or
+        take forever."""
         if TOO_LARGE.search(response) or not set(response) <= set(self.letters):
             return 0.0
         try:
